@@ -1,0 +1,82 @@
+"""`geolora demo | train | inspect | export | verify`: wiring and the one-line errors."""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import NoReturn
+
+from geolora import __version__
+from geolora.cli import demo, export, inspect, train, verify
+from geolora.errors import GeoloraError
+from geolora.tasks.data import nearest
+
+COMMANDS = {
+    "demo": demo,
+    "train": train,
+    "inspect": inspect,
+    "export": export,
+    "verify": verify,
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line that name the nearest valid word."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"geolora: {message}. See {self.prog} --help.\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all sub-commands."""
+    parser = Parser(
+        prog="geolora",
+        description="Fine-tune Hugging Face models on the manifold of low-rank matrices.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"geolora {__version__}")
+    commands = parser.add_subparsers(dest="name", metavar="COMMAND", required=True, parser_class=Parser)
+    for name, module in COMMANDS.items():
+        summary = (module.__doc__ or "").strip().splitlines()[0].partition(": ")[2]
+        sub = commands.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=module.EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        module.add_arguments(sub)
+        sub.set_defaults(run=module.run, parser=sub)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; 0 on success, 2 for an error of the user's, 130 for Ctrl-C."""
+    warnings.showwarning = _one_line_warning
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = build_parser()
+    if arguments and arguments[0][0] != "-" and arguments[0] not in COMMANDS:
+        parser.error(f"unknown command `{arguments[0]}`.{nearest(arguments[0], COMMANDS)}".rstrip("."))
+    parsed, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        known = [flag for action in parsed.parser._actions for flag in action.option_strings]
+        parsed.parser.error(f"unknown argument `{unknown[0]}`.{nearest(unknown[0], known)}".rstrip("."))
+    try:
+        parsed.run(parsed)
+    except GeoloraError as error:
+        print(f"geolora: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("geolora: stopped.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _one_line_warning(message, category, *_args, **_kwargs) -> None:  # noqa: ANN001
+    if category.__module__.startswith("geolora"):
+        print(f"geolora: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""geolora train: fine-tune a model on text files and write a PEFT adapter."""
+
+import argparse
+import dataclasses
+import types
+import typing
+
+from geolora.tasks.text_classification import TrainConfig
+
+EXAMPLES = """examples:
+  geolora train --model bert-base-uncased --train train.jsonl --eval dev.jsonl \\
+      --text sentence --output out
+  geolora train --model ./my-model --train pairs.csv --eval dev.csv --text premise \\
+      --text-pair hypothesis --budget 100000 --output out
+  geolora train --model ./my-model --train sts.csv --eval dev.csv --task text-regression \\
+      --text a --text-pair b --label score --method lora --lr 1e-3 --output lora-out
+
+The output folder holds adapter/ (a PEFT adapter), report.json, history.json and figures. A run
+that was stopped goes on from its last checkpoint (--save-every) when started again with the same
+flags.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One flag per field of `TrainConfig`."""
+    hints = typing.get_type_hints(TrainConfig)
+    for spec in dataclasses.fields(TrainConfig):
+        flag, text = f"--{spec.name.replace('_', '-')}", spec.metadata["help"]
+        if hints[spec.name] is bool:
+            parser.add_argument(flag, action="store_true", help=text)
+            continue
+        default = "" if spec.default in (None, "") else f" ({spec.default})"
+        choices = spec.metadata["choices"]
+        parser.add_argument(
+            flag,
+            type=_plain(hints[spec.name]),
+            default=spec.default,
+            metavar=spec.name.upper(),
+            help=text + (f": {', '.join(choices)}" if choices else "") + default,
+        )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Train, and print the result."""
+    from geolora.tasks import text_classification as task
+
+    names = [spec.name for spec in dataclasses.fields(TrainConfig)]
+    config = TrainConfig(**{name: getattr(arguments, name) for name in names})
+    report = task.run(config)
+    draw_rank_map(config.output)
+    print(summary(report, config.output))
+
+
+def summary(report: dict, output: str) -> str:
+    """What a person wants to know when a run ends."""
+    ranks = list(report["ranks"].values())
+    return (
+        f"{report['metric']} {report['value']:.4f} after {report['steps']} steps "
+        f"({report['seconds_per_step']:.3f} s each)\n"
+        f"adapter: {report['adapter_parameters']:,} parameters in {len(ranks)} layers, "
+        f"ranks {min(ranks)} to {max(ranks)} (file: {report['exported_parameters']:,})\n"
+        f"written: {output}/adapter, {output}/report.json"
+    )
+
+
+def draw_rank_map(output: str) -> None:
+    """Draw the rank map of a run where matplotlib is installed."""
+    from geolora.report.figures import rank_map
+
+    rank_map(output)
+
+
+def _plain(hint: typing.Any) -> typing.Any:
+    """int for `int | None`, and so on."""
+    if isinstance(hint, types.UnionType):
+        return next(part for part in typing.get_args(hint) if part is not type(None))
+    return hint

@@ -1,0 +1,92 @@
+"""Every exception and warning geolora raises on purpose.
+
+GeoloraError(Exception)
+├── PairingError(ValueError)              a LoRA pair that cannot be trained on the manifold, or none at all
+├── SettingError(ValueError)              an argument or flag out of its range, or misspelt
+│   └── BudgetError                       a parameter budget below one direction per layer
+├── DataError(ValueError)                 a file, column or label that is missing or unusable
+├── ModelError(ValueError)                a model folder or name that cannot be loaded
+├── OutputError(OSError)                  an output folder that exists, or cannot be written
+├── StateError(ValueError)                an optimizer state of another model
+├── SetupError(RuntimeError)              closures, ZeRO partitions, sharded factors
+├── GradientError(ArithmeticError)
+│   └── NonFiniteGradientError            too many steps in a row without a finite gradient
+└── AdapterError(RuntimeError)
+    └── VerificationError                 a saved adapter that does not compute what it should
+
+GeoloraWarning(UserWarning)
+├── SkippedStepWarning                    a step skipped for a non-finite gradient
+└── UnpairedParametersWarning             LoRA layers left to AdamW
+
+On the command line each error is one line on stderr and exit code 2.
+"""
+
+
+class GeoloraError(Exception):
+    """Base of every error geolora raises on purpose."""
+
+
+class PairingError(GeoloraError, ValueError):
+    """A LoRA pair that cannot be trained on the manifold, or no pair at all."""
+
+
+class SettingError(GeoloraError, ValueError):
+    """An argument or flag out of its range, or misspelt."""
+
+
+class BudgetError(SettingError):
+    """A parameter budget below one direction per layer."""
+
+
+class DataError(GeoloraError, ValueError):
+    """A file, column or label that is missing or unusable."""
+
+
+class ModelError(GeoloraError, ValueError):
+    """A model folder or name that cannot be loaded."""
+
+
+class OutputError(GeoloraError, OSError):
+    """An output folder that exists already, or cannot be written."""
+
+
+class StateError(GeoloraError, ValueError):
+    """An optimizer state that belongs to another model or method."""
+
+
+class SetupError(GeoloraError, RuntimeError):
+    """A closure, a ZeRO partition or a sharded factor: a setup the step cannot work in."""
+
+
+class GradientError(GeoloraError, ArithmeticError):
+    """Gradients the step cannot use."""
+
+
+class NonFiniteGradientError(GradientError):
+    """Too many steps in a row were skipped for non-finite gradients."""
+
+
+class AdapterError(GeoloraError, RuntimeError):
+    """An adapter that cannot be written, read or represented."""
+
+
+class VerificationError(AdapterError):
+    """A saved adapter does not compute what was trained."""
+
+
+class GeoloraWarning(UserWarning):
+    """Base of every warning geolora gives."""
+
+
+class SkippedStepWarning(GeoloraWarning):
+    """A step was skipped because a gradient was not finite."""
+
+
+class UnpairedParametersWarning(GeoloraWarning):
+    """LoRA layers that the geometric step does not treat and AdamW trains instead."""
+
+
+def at_most_three(names: list[str]) -> str:
+    """Join names for a message: three at most, then a count of the rest."""
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -1,0 +1,145 @@
+"""The value handed between stages: a low-rank matrix in slots, and its form as a LoRA pair.
+
+W = scale * B @ A, A (r, d_in), B (d_out, r), is kept as U diag(sigma) V^T. Written balanced,
+
+    B = U sqrt(sigma / scale),    A = sqrt(sigma / scale) V^T,
+
+a column of grad_B is sqrt(scale * sigma_i) G v_i and a row of grad_A is sqrt(scale * sigma_i) u_i^T G:
+one division by a number per slot gives K = G V and L = G^T U, and no S^-1 appears.
+
+A slot is one of
+    active    both sides non-zero;
+    trial     active and not yet judged: A is doubled and B halved, which changes nothing in W and
+              lets the pair itself say which directions have not earned their place;
+    probe     A is a unit vector orthogonal to V, B is zero: W does not see it, grad_B does;
+    idle      both sides zero: its gradient is exactly zero.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+TRIAL = 2.0
+"""Factor on A, and 1 / factor on B, of a direction that has not been judged."""
+
+
+class Reading(NamedTuple):
+    """A LoRA pair read as a point, with the maps that turn its gradients into K and L.
+
+    K = grad_B @ right and L = grad_A^T @ left; right and left are (*batch, r, r).
+    """
+
+    U: Tensor
+    sigma: Tensor
+    V: Tensor
+    right: Tensor
+    left: Tensor
+
+
+def to_pair(
+    U: Tensor, sigma: Tensor, V: Tensor, scale: Tensor, settled: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Balanced LoRA pair (A, B) of U diag(sigma) V^T; slots from settled[...] on are trials.
+
+    Args:
+        U, sigma, V: (*batch, d_out, r), (*batch, r), (*batch, d_in, r).
+        scale: (*batch,), LoRA's factor s = alpha / r or alpha / sqrt(r), positive.
+        settled: (*batch,) integers, how many leading slots have been judged.
+    """
+    on_A, on_B = _slot_sizes(sigma, scale, settled)
+    return (V * on_A.unsqueeze(-2)).mT, U * on_B.unsqueeze(-2)
+
+
+def balanced_maps(sigma: Tensor, scale: Tensor, settled: Tensor) -> tuple[Tensor, Tensor]:
+    """Per-slot numbers (*batch, r): K = grad_B * right, L = grad_A^T * left, for `to_pair`'s form."""
+    on_A, on_B = _slot_sizes(sigma, scale, settled)
+    scale = scale.unsqueeze(-1)
+    return 1.0 / (scale * on_A), 1.0 / (scale * on_B)
+
+
+def _slot_sizes(sigma: Tensor, scale: Tensor, settled: Tensor) -> tuple[Tensor, Tensor]:
+    """Length of A's row and B's column per slot; 1 where sigma = 0 (a probe, or an idle zero)."""
+    root = (sigma / scale.unsqueeze(-1).to(sigma.dtype)).sqrt()
+    root = torch.where(sigma > 0, root, torch.ones_like(root))
+    trial = torch.arange(sigma.shape[-1], device=sigma.device) >= settled.unsqueeze(-1)
+    gauge = torch.where(trial & (sigma > 0), TRIAL, 1.0).to(sigma.dtype)
+    return root * gauge, root / gauge
+
+
+def read_pair(A: Tensor, B: Tensor, scale: float, start_rank: int | None = None) -> Reading:
+    """Read any LoRA pair, in whatever gauge, as a point; computed in float64.
+
+    Every direction of the row space of A that does not carry weight becomes a probe, so the stock
+    start (B = 0) is all probes. Likewise from the left where A = 0 and B is not.
+
+    Args:
+        A: (r, d_in). B: (d_out, r). scale: s > 0.
+        start_rank: how many rows of A to use as probes when B = 0; None for all.
+
+    Returns:
+        A `Reading`, in float64, with r slots: active (sigma descending), probes, idle.
+    """
+    A, B = A.detach().double(), B.detach().double()
+    r = A.shape[0]
+    rows = A.ne(0).any(-1)
+    columns = B.ne(0).any(0)
+    if start_rank is not None and not columns.any():
+        rows = rows & (rows.cumsum(0) <= start_rank)
+    row_index, column_index = rows.nonzero().flatten(), columns.nonzero().flatten()
+    Qv, to_Qv = _range(A[row_index].mT)  # (d_in, a), (rows, a): A^T @ to_Qv = Qv
+    Qu, to_Qu = _range(B[:, column_index])  # (d_out, b), (columns, b)
+    core = scale * (Qu.mT @ B) @ (A @ Qv)  # (b, a)
+    P, values, Qt = torch.linalg.svd(core, full_matrices=True)
+    k = 0
+    if values.numel():
+        tolerance = max(core.shape) * torch.finfo(torch.float64).eps
+        k = int((values > tolerance * values[0]).sum()) if values[0] > 0 else 0
+
+    a, b = Qv.shape[1], Qu.shape[1]
+    # right slots 0..a-1 (active, then probes); left slots 0..k-1, then after the right probes
+    left_slots = list(range(k)) + list(range(max(a, k), r))[: b - k]
+    turn_v, turn_u = Qt.mT, P[:, : len(left_slots)]
+    U, V = A.new_zeros(B.shape[0], r), A.new_zeros(A.shape[1], r)
+    right, left, sigma = A.new_zeros(r, r), A.new_zeros(r, r), A.new_zeros(r)
+    V[:, :a] = Qv @ turn_v
+    U[:, left_slots] = Qu @ turn_u
+    sigma[:k] = values[:k]
+    right[row_index, :a] = to_Qv @ turn_v / scale
+    left_columns = left.new_zeros(r, len(left_slots))
+    left_columns[column_index] = to_Qu @ turn_u / scale
+    left[:, left_slots] = left_columns
+    return Reading(U, sigma, V, right, left)
+
+
+def _range(X: Tensor) -> tuple[Tensor, Tensor]:
+    """Orthonormal basis Q (d, a) of the columns of X (d, c), and T (c, a) with X T = Q."""
+    if not X.numel():
+        return X.new_zeros(X.shape[0], 0), X.new_zeros(X.shape[1], 0)
+    Q, values, Wt = torch.linalg.svd(X, full_matrices=False)
+    # Factors may be rounded to bf16 or float32: dependence below 1e-9 is not a direction.
+    keep = values > 1e-9 * values[0]
+    return Q[:, keep], Wt[keep].mT / values[keep]
+
+
+def slot_ranks(A: Tensor, B: Tensor) -> tuple[int, int]:
+    """How many slots of a pair are active, and how many of those are trials.
+
+    A trial is told by |A row| = 4 |B column| in a pair that is otherwise balanced with orthogonal
+    slots, as only geolora writes it; any other adapter has none.
+    """
+    A, B = A.detach().double(), B.detach().double()
+    on_A, on_B = torch.linalg.vector_norm(A, dim=1), torch.linalg.vector_norm(B, dim=0)
+    active = (on_A > 0) & (on_B > 0)
+    count = int(active.sum())
+    if not count:
+        return 0, 0
+    ratio = on_A[active] / on_B[active]
+    close = 0.02  # bf16 factors have norms right to 0.4 %
+    balanced = (ratio - 1).abs() < close
+    trial = (ratio / TRIAL**2 - 1).abs() < close
+    unit = B[:, active] / on_B[active]
+    gram = unit.mT @ unit - torch.eye(count, dtype=unit.dtype, device=unit.device)
+    if not bool((balanced | trial).all()) or gram.abs().max() > close:
+        return count, 0
+    return count, int(trial.sum())

@@ -1,0 +1,1 @@
+"""Numerical building blocks: torch only, pure, batched over leading dimensions."""

@@ -1,0 +1,80 @@
+"""The tangent space of the fixed-rank manifold at W = U diag(sigma) V^T.
+
+A tangent matrix is held as its two parts K = M V (d_out, r) and L = M^T U (d_in, r), which are just
+what one backward pass gives for M = G:
+
+    M = K V^T + U L^T - U C V^T,    C = U^T K = (V^T L)^T.
+
+Columns of U and V that are zero (idle slots) simply do not take part, and a column of V whose
+column of U is zero (a probe) adds the one-sided direction G v v^T.
+"""
+
+import torch
+from torch import Tensor
+
+
+def project(G: Tensor, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+    """Parts of P(W)G = U U^T G + G V V^T - U U^T G V V^T.
+
+    Args:
+        G: (*batch, d_out, d_in), any matrix.
+        U: (*batch, d_out, r), orthonormal or zero columns.
+        V: (*batch, d_in, r), orthonormal or zero columns.
+
+    Returns:
+        K = G V (*batch, d_out, r) and L = G^T U (*batch, d_in, r).
+    """
+    return G @ V, G.mT @ U
+
+
+def to_dense(K: Tensor, L: Tensor, U: Tensor, V: Tensor) -> Tensor:
+    """The tangent matrix (*batch, d_out, d_in) whose parts are K and L."""
+    return (K - U @ (U.mT @ K)) @ V.mT + U @ L.mT
+
+
+def inner(K1: Tensor, L1: Tensor, K2: Tensor, L2: Tensor, U: Tensor) -> Tensor:
+    """Frobenius inner product (*batch,) of two tangent matrices at the same point.
+
+    <M1, M2> = <K1, K2> + <L1, L2> - <U^T K1, U^T K2>.
+    """
+    overlap = (U.mT @ K1) * (U.mT @ K2)
+    return (K1 * K2).sum((-2, -1)) + (L1 * L2).sum((-2, -1)) - overlap.sum((-2, -1))
+
+
+def transport(
+    K: Tensor, L: Tensor, U: Tensor, V: Tensor, U_new: Tensor, V_new: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Carry a tangent matrix to another point by orthogonal projection.
+
+    Returns the parts M V' and M^T U' of P(W')M, without forming M. Idempotent, linear, never longer
+    than M, and blind to the gauge of either point. (Geometric momentum: arXiv 2506.17475.)
+
+    Args:
+        K, L: parts of M at (U, V).
+        U, V: the old bases (*batch, d_out, r), (*batch, d_in, r).
+        U_new, V_new: the new bases, of any number of columns.
+    """
+    across = V.mT @ V_new  # (*batch, r, r')
+    along = U.mT @ U_new  # (*batch, r, r')
+    core = U.mT @ K  # (*batch, r, r)
+    K_new = (K - U @ core) @ across + U @ (L.mT @ V_new)
+    L_new = (L - V @ core.mT) @ along + V @ (K.mT @ U_new)
+    return K_new, L_new
+
+
+def norm(K: Tensor, L: Tensor, U: Tensor) -> Tensor:
+    """Frobenius norm (*batch,) of the tangent matrix with parts K and L."""
+    return inner(K, L, K, L, U).clamp(min=0).sqrt()
+
+
+def core_of(K: Tensor, U: Tensor, RK: Tensor, RL: Tensor) -> Tensor:
+    """A tangent matrix in the augmented bases [U | U~], [V | V~].
+
+    [[ U^T M V,  U^T M V~ ], [ U~^T M V,  0 ]], (*batch, 2r, 2r), with U~^T K = RK and V~^T L = RL.
+    The lower right block of a tangent matrix is zero by construction.
+
+    Source: GeoLoRA, arXiv 2410.18720, the coefficient matrix before truncation.
+    """
+    upper = torch.cat([U.mT @ K, RL.mT], dim=-1)
+    lower = torch.cat([RK, torch.zeros_like(RK)], dim=-1)
+    return torch.cat([upper, lower], dim=-2)

@@ -1,0 +1,27 @@
+"""One paper, one file: pure functions from tensors and knobs to tensors."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from geolora.methods import geolora
+
+
+class Method(NamedTuple):
+    """A row of the table of methods."""
+
+    kind: str
+    """"step" (an optimizer) or "start" (an initialiser)."""
+    what: str
+    function: Callable[..., Any]
+    arxiv: str
+
+
+METHODS: dict[str, Method] = {
+    "geolora": Method(
+        "step",
+        "rank-adaptive descent on the manifold of low-rank matrices",
+        geolora.step,
+        "2410.18720",
+    ),
+}
+"""Every method of the library by name."""

@@ -1,0 +1,600 @@
+"""`torch.optim.Optimizer` shells: group pairs of equal shape, stack, call a method, write back.
+
+The mathematics is in `methods/`; this file owns state, grouping and the cycle grow, judge, hold.
+
+One param group per bucket of equal shape, params [A1, B1, A2, B2, …] paired by position, so that
+whatever swaps the Parameter objects of a group is followed. The stacked masters of a bucket are the
+state of its first parameter. Everything that must survive a checkpoint is in `state` or in
+`param_groups`; what is not there is rebuilt when needed.
+"""
+
+import math
+import warnings
+import zlib
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+from geolora.errors import (
+    NonFiniteGradientError,
+    SettingError,
+    SetupError,
+    SkippedStepWarning,
+    StateError,
+    UnpairedParametersWarning,
+    at_most_three,
+)
+from geolora.factors import balanced_maps, read_pair, slot_ranks, to_pair
+from geolora.kernels.tangent import norm, transport
+from geolora.kernels.truncate import settled_ranks
+from geolora.methods import geolora as method
+from geolora.pairs import (
+    Pair,
+    check_budget,
+    find_pairs,
+    refuse_frozen,
+    refuse_sharded,
+    unpaired_lora_layers,
+)
+
+MOMENTS = ("adaptive", "momentum", "none")
+DEFAULT_LR = {"adaptive": 3e-3, "momentum": 1e-2, "none": 1e-1}
+REFERENCE_WIDTH = 1024.0
+"""sqrt(d_out * d_in) of the layer whose adaptive step has spectral norm lr; others scale by 1/width."""
+SOFTEN = 0.01
+SKIPS_ALLOWED = 20
+
+
+class GeoLoRA(torch.optim.Optimizer):
+    """Descent on the manifold of low-rank matrices, over unmodified PEFT LoRA pairs.
+
+    For every pair W = s B A = U diag(sigma) V^T with gradient G = dL/dW,
+
+        W+ = truncate(W - lr M),    M = P(W)G  or a momentum of it,
+
+    where P(W)G = U U^T G + G V V^T - U U^T G V V^T. Ranks change in a cycle of `prune_every` steps:
+    for the first sixth the rank may double at each step up to the pair's r (grow), then it is
+    judged once by `tail` and `budget` (judge), then kept (hold). In grow steps a layer with a free
+    slot also looks along one random direction w, adding G w w^T to M: the tangent space alone can
+    be blind. The pair keeps its shape: slots that are not in use are zero on both sides.
+
+    Args:
+        model: a PeftModel, or any module with LoRA layers (see `pairs.py` for which are treated).
+            It is not written before the first step. Whatever else is trainable (heads, biases,
+            embeddings) is trained by AdamW.
+        lr: step size; None takes a default per `moments`. Unit for "none" and "momentum": change
+            of W per unit of gradient, whatever lora_alpha. For "adaptive": spectral norm of the
+            change of a layer with sqrt(d_out * d_in) = 1024; others move by 1024 / width as much.
+        rest_lr: step size of AdamW for everything else that is trainable.
+        moments: "adaptive" (provisional: momentum, then every direction moves at a like speed),
+            "momentum" (heavy ball, carried to each new tangent space) or "none" (the paper's step).
+        momentum: heavy-ball factor in [0, 1); not used with moments="none".
+        start_rank: slots to start with where B = 0; None for all r of the pair.
+        tail: fraction of ||sigma||_2 a layer may lose when judged, in [0, 1).
+        prune_every: steps in a cycle; 1 judges at every step, as in the paper; None keeps the rank.
+        settle_after: number of steps after which the rank is judged a last time and then kept.
+        budget: adapter parameters, sum of rank * (d_in + d_out), kept at every judgement.
+        max_tangent_norm: bound on the norm of P(W)G over all layers; larger ones are scaled down.
+        adapter_name: which adapter of the model; None for the active one.
+
+    Not for: embeddings, grouped convolutions, DoRA and other variants, tied, tensor-parallel or
+    ZeRO-partitioned factors. Trainer's gradient clipping acts on the factors and so changes lr
+    silently: set max_grad_norm=0 with moments="none" and use `max_tangent_norm`.
+
+    Precision:
+        Masters of U, sigma, V and momentum are float32 (float64 for float64 pairs), whatever the
+        dtype of A and B; the 2r x 2r cores are float64.
+
+    Raises:
+        PairingError: no pair, or a layer that cannot be treated.
+        SettingError: an argument out of its range. BudgetError: less than one direction per layer.
+        SetupError: partitioned or sharded factors; a closure given to `step`.
+        NonFiniteGradientError: 20 steps in a row without a finite gradient.
+
+    Source: arXiv 2410.18720. Geometric momentum: arXiv 2506.17475.
+
+    Example:
+        >>> optimizer = GeoLoRA(model)                      # doctest: +SKIP
+        >>> loss.backward(); optimizer.step(); optimizer.zero_grad()  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float | None = None,
+        *,
+        rest_lr: float = 1e-3,
+        moments: str = "adaptive",
+        momentum: float = 0.9,
+        start_rank: int | None = None,
+        tail: float = 0.1,
+        prune_every: int | None = 25,
+        settle_after: int | None = None,
+        budget: int | None = None,
+        max_tangent_norm: float | None = None,
+        adapter_name: str | None = None,
+    ) -> None:
+        _choose("moments", moments, MOMENTS)
+        lr = DEFAULT_LR[moments] if lr is None else lr
+        _demand("lr", lr, lr >= 0 and math.isfinite(lr), "a number >= 0")
+        _demand("rest_lr", rest_lr, rest_lr >= 0 and math.isfinite(rest_lr), "a number >= 0")
+        _demand("momentum", momentum, 0 <= momentum < 1, "in [0, 1)")
+        _demand("tail", tail, 0 <= tail < 1, "in [0, 1)")
+        _demand("prune_every", prune_every, prune_every is None or prune_every >= 1, "None or >= 1")
+        _demand("start_rank", start_rank, start_rank is None or start_rank >= 1, "None or >= 1")
+        bounded = max_tangent_norm is None or max_tangent_norm > 0
+        _demand("max_tangent_norm", max_tangent_norm, bounded, "None or > 0")
+
+        pairs = find_pairs(model, adapter_name)
+        refuse_frozen(pairs)
+        for pair in pairs:
+            if start_rank is not None and start_rank > pair.r:
+                raise SettingError(
+                    f"GeoLoRA: `start_rank` must be at most the rank of the pair; got {start_rank} "
+                    f"for r={pair.r} in `{pair.name}`. Lower it, or raise `r` in LoraConfig."
+                )
+        check_budget(pairs, budget)
+        settings = {
+            "lr": lr,
+            "moments": moments,
+            "momentum": momentum,
+            "start_rank": start_rank,
+            "tail": tail,
+            "prune_every": prune_every,
+            "settle_after": settle_after,
+            "budget": budget,
+            "max_tangent_norm": max_tangent_norm,
+        }
+        groups = [_bucket(bucket, settings) for bucket in _by_shape(pairs)]
+        paired = {id(p) for group in groups for p in group["params"]}
+        rest = [p for p in model.parameters() if p.requires_grad and id(p) not in paired]
+        if rest:
+            rest_group = {"kind": "rest", "params": rest, "lr": rest_lr}
+            groups.append({**rest_group, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0})
+        unpaired = unpaired_lora_layers(model)
+        if unpaired:
+            warnings.warn(
+                f"GeoLoRA: LoRA on embeddings is trained by AdamW: {at_most_three(unpaired)}.",
+                UnpairedParametersWarning,
+                stacklevel=2,
+            )
+        super().__init__(groups, {"lr": lr})
+
+    def settled_ranks(self) -> dict[str, int]:
+        """{layer: rank} as last judged; before the first step the starting rank."""
+        return {
+            name: rank
+            for group in self._geometric()
+            for name, rank in zip(group["layers"], group["ranks"], strict=True)
+        }
+
+    def adapter_parameters(self) -> int:
+        """Sum of rank * (d_in + d_out) over all layers, at the settled ranks."""
+        return sum(sum(group["ranks"]) * group["cost"] for group in self._geometric())
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step of every pair that has a gradient, and of AdamW for the rest.
+
+        A step with lr = 0 leaves A and B bit-identical. A step with a gradient that is not finite
+        is skipped as a whole.
+        """
+        if closure is not None:
+            raise SetupError(
+                "GeoLoRA.step: closures are not supported. Compute the loss and call backward() "
+                "before step(): the factors' gradients are read once, at the current point."
+            )
+        if self._skip_non_finite():
+            return
+        moves = [
+            move
+            for index, group in enumerate(self._geometric())
+            if (move := self._read(index, group)) is not None
+        ]
+        moves = self._bounded(moves)
+        moves = [self._advance(move) for move in moves]
+        moves = self._judged(moves)
+        for move in moves:
+            self._commit(move)
+        for group in self._geometric():
+            group["steps"] += 1
+        for group in self.param_groups:
+            if group["kind"] == "rest":
+                self._adamw(group)
+
+    # ---- reading -------------------------------------------------------------------------------
+
+    def _read(self, index: int, group: dict[str, Any]) -> "_Move | None":
+        """Masters, tangent gradient and momentum of a bucket; None where no pair has a gradient."""
+        live = [
+            A.grad is not None and B.grad is not None for A, B in _pairs_of(group["params"])
+        ]
+        if not any(live):
+            return None
+        lead = group["params"][0]
+        state = self.state[lead]
+        if not state:
+            refuse_sharded(group["layers"][0], *group["params"])
+            _make_masters(state, group)
+        right, left = self._maps(index, group, state)
+        grad_A, grad_B = _stacked_gradients(group["params"], state["U"].dtype)
+        if right.dim() == 2:
+            K, L = grad_B * right.unsqueeze(-2), grad_A.mT * left.unsqueeze(-2)
+        else:
+            K, L = grad_B @ right, grad_A.mT @ left
+        point = method.Point(state["U"], state["sigma"], state["V"])
+        return _Move(index, group, live, point, K, L, point, written=False)
+
+    def _maps(self, index: int, group: dict[str, Any], state: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """What turns factor gradients into K and L: numbers per slot (n, r), or matrices (n, r, r).
+
+        Where A or B are no longer what we wrote (a reload, an initialiser, `prune`), the masters of
+        those pairs are read from them again and their momentum is carried over.
+        """
+        settled = torch.tensor(group["ranks"], device=state["sigma"].device)
+        scale = _scales(group, state["sigma"])
+        right, left = balanced_maps(state["sigma"], scale, settled)
+        if self._seen.get(index) == _fingerprints(group["params"]):
+            return right, left
+        A, B = to_pair(state["U"], state["sigma"], state["V"], scale, settled)
+        stale = [
+            i
+            for i, (a, b) in enumerate(_pairs_of(group["params"]))
+            if not (torch.equal(A[i].to(a.dtype), a.flatten(1)) and torch.equal(B[i].to(b.dtype), b.flatten(1)))
+        ]
+        self._seen[index] = _fingerprints(group["params"])
+        if not stale:
+            return right, left
+        del self._seen[index]  # not in balanced form until the next write
+        right, left = right.diag_embed(), left.diag_embed()
+        for i in stale:
+            a, b = (p.flatten(1) for p in group["params"][2 * i : 2 * i + 2])
+            reading = read_pair(a, b, group["scales"][i], group["start_rank"])
+            old_U, old_V = state["U"][i].clone(), state["V"][i].clone()
+            for key, value in (("U", reading.U), ("sigma", reading.sigma), ("V", reading.V)):
+                state[key][i].copy_(value)
+            right[i], left[i] = reading.right.to(right.dtype), reading.left.to(left.dtype)
+            active, trials = slot_ranks(a, b)
+            probes = int(((reading.U != 0).any(0) | (reading.V != 0).any(0)).sum()) - active
+            group["ranks"][i] = max(1, active - trials if active else probes)
+            if "K" in state:
+                state["K"][i], state["L"][i] = transport(
+                    state["K"][i], state["L"][i], old_U, old_V, state["U"][i], state["V"][i]
+                )
+        return right, left
+
+    def _skip_non_finite(self) -> bool:
+        """True, with one warning naming the layers, where a gradient is NaN or infinite."""
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not grads:
+            return False
+        first = self._geometric()[0]
+        sizes = torch._foreach_norm([g.detach() for g in grads], math.inf)
+        if bool(torch.stack([s.float().to(sizes[0].device) for s in sizes]).isfinite().all()):
+            first["skipped"] = 0
+            return False
+        names = [
+            name
+            for group in self._geometric()
+            for name, pair in zip(group["layers"], _pairs_of(group["params"]), strict=True)
+            if any(p.grad is not None and not p.grad.isfinite().all() for p in pair)
+        ] or ["parameters outside the pairs"]
+        first["skipped"] += 1
+        if first["skipped"] >= SKIPS_ALLOWED:
+            raise NonFiniteGradientError(
+                f"GeoLoRA.step: gradients must be finite; {first['skipped']} steps in a row were "
+                f"not, now in {at_most_three(names)}. Lower `lr`, or look at the loss."
+            )
+        warnings.warn(
+            f"GeoLoRA.step: skipped, gradients not finite in {at_most_three(names)}. "
+            "Nothing was updated.",
+            SkippedStepWarning,
+            stacklevel=3,
+        )
+        return True
+
+    # ---- moving --------------------------------------------------------------------------------
+
+    def _bounded(self, moves: list["_Move"]) -> list["_Move"]:
+        """Scale all tangent gradients down where their joint norm exceeds max_tangent_norm."""
+        if not moves or moves[0].group["max_tangent_norm"] is None:
+            return moves
+        squares = [norm(move.K, move.L, move.point.U).square().sum() for move in moves]
+        total = torch.stack([s.to(squares[0].device) for s in squares]).sum().sqrt()
+        factor = (moves[0].group["max_tangent_norm"] / total.clamp(min=1e-30)).clamp(max=1.0)
+        return [
+            move._replace(K=move.K * factor.to(move.K), L=move.L * factor.to(move.L)) for move in moves
+        ]
+
+    def _advance(self, move: "_Move") -> "_Move":
+        """The new point of a bucket, capped but not yet judged."""
+        group, point = move.group, move.point
+        K, L = move.K, move.L
+        if group["moments"] != "none":
+            state = self.state[group["params"][0]]
+            K = K + group["momentum"] * state["K"]
+            L = L + group["momentum"] * state["L"]
+            move = move._replace(K=K, L=L)
+        lr = float(group["lr"])
+        if lr == 0.0:
+            return move
+        soften = None
+        if group["moments"] == "adaptive":
+            lr, soften = lr * REFERENCE_WIDTH / group["width"], SOFTEN
+        slots = point.sigma.shape[-1]
+        holding = phase_of(group) == "hold"
+        cap = torch.tensor(
+            group["ranks"] if holding else [slots] * len(move.live), device=point.sigma.device
+        )
+        return move._replace(
+            new=method.step(point, K, L, lr, cap, soften), written=True
+        )
+
+    def _judged(self, moves: list["_Move"]) -> list["_Move"]:
+        """Cut every bucket whose cycle says so, by tail and then by the budget over all layers."""
+        if not any(phase_of(move.group) == "judge" and move.written for move in moves):
+            return moves
+        live = [(move, i) for move in moves for i, alive in enumerate(move.live) if alive]
+        rows = {move.index: move.new.sigma.double().cpu() for move in moves}
+        settings = moves[0].group
+        budget = settings["budget"]
+        if budget is not None:
+            paid = sum(move.group["ranks"][i] * move.group["cost"] for move, i in live)
+            budget -= self.adapter_parameters() - paid
+        ranks = settled_ranks(
+            [rows[move.index][i] for move, i in live],
+            [move.group["cost"] for move, _ in live],
+            settings["tail"],
+            budget,
+        )
+        for (move, i), rank in zip(live, ranks, strict=True):
+            move.group["ranks"][i] = rank
+        return [
+            move._replace(
+                new=method.cut(
+                    move.new, torch.tensor(move.group["ranks"], device=move.new.sigma.device)
+                )
+            )
+            for move in moves
+        ]
+
+    # ---- writing -------------------------------------------------------------------------------
+
+    def _commit(self, move: "_Move") -> None:
+        """Store the new masters and momentum; write A and B unless nothing moved."""
+        group, params = move.group, move.group["params"]
+        state = self.state[params[0]]
+        new, old = move.new, move.point
+        if move.written and phase_of({**group, "steps": group["steps"] + 1}) == "grow":
+            new = new._replace(V=_with_probes(new.U, new.V, group["layers"], group["steps"]))
+        carried: dict[str, Tensor] = {}
+        if "K" in state:
+            K, L = move.K, move.L
+            if move.written:
+                K, L = transport(K, L, old.U, old.V, new.U, new.V)
+            carried = {"K": K, "L": L}
+        fresh = {"U": new.U, "sigma": new.sigma, "V": new.V, **carried}
+        if not all(move.live):
+            live = torch.tensor(move.live, device=new.sigma.device)
+            for key, value in fresh.items():
+                mask = live.view(-1, *[1] * (value.dim() - 1))
+                fresh[key] = torch.where(mask, value, state[key])
+        state.update(fresh)
+        if not move.written:
+            return
+        settled = torch.tensor(group["ranks"], device=new.sigma.device)
+        A, B = to_pair(state["U"], state["sigma"], state["V"], _scales(group, state["sigma"]), settled)
+        targets, sources = [], []
+        for i, (a, b) in enumerate(_pairs_of(params)):
+            if move.live[i]:
+                targets += [a, b]
+                sources += [A[i].view(a.shape), B[i].view(b.shape)]
+        torch._foreach_copy_(targets, sources)
+        if all(move.live):
+            self._seen[move.index] = _fingerprints(params)
+        else:
+            self._seen.pop(move.index, None)
+
+    def _adamw(self, group: dict[str, Any]) -> None:
+        params = [p for p in group["params"] if p.grad is not None]
+        if not params:
+            return
+        for p in params:
+            if not self.state[p]:
+                self.state[p] = {
+                    "step": torch.zeros((), dtype=torch.float32),
+                    "exp_avg": torch.zeros_like(p),
+                    "exp_avg_sq": torch.zeros_like(p),
+                }
+        adamw(
+            params,
+            [p.grad for p in params],
+            [self.state[p]["exp_avg"] for p in params],
+            [self.state[p]["exp_avg_sq"] for p in params],
+            [],
+            [self.state[p]["step"] for p in params],
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+    # ---- state ---------------------------------------------------------------------------------
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state; every tensor keeps the dtype it was saved in (masters stay float32).
+
+        Raises:
+            StateError: the state is of other layers, shapes or method; nothing is changed.
+        """
+        ours = [(group.get("layers"), len(group["params"])) for group in self.param_groups]
+        theirs = [(g.get("layers"), len(g["params"])) for g in state_dict["param_groups"]]
+        if ours != theirs:
+            raise StateError(
+                "GeoLoRA.load_state_dict: the state must be of the same layers; got "
+                f"{sum(len(names or []) for names, _ in theirs)} pairs, expected "
+                f"{sum(len(names or []) for names, _ in ours)}, or in another order. "
+                "Load it into the model it was saved with."
+            )
+        saved = [
+            state_dict["state"].get(key) for g in state_dict["param_groups"] for key in g["params"]
+        ]
+        for group, first in zip(self.param_groups, _firsts(state_dict), strict=True):
+            U = (first or {}).get("U")
+            if group["kind"] == "geometric" and U is not None:
+                A, B = group["params"][:2]
+                expected = (len(group["layers"]), B.shape[0], A.shape[0])
+                if tuple(U.shape) != expected:
+                    raise StateError(
+                        f"GeoLoRA.load_state_dict: `U` must be {expected} for "
+                        f"{group['layers'][0]}; got {tuple(U.shape)}. Use the rank it was saved with."
+                    )
+        super().load_state_dict(state_dict)
+        params = [p for group in self.param_groups for p in group["params"]]
+        for p, values in zip(params, saved, strict=True):
+            for key, value in (values or {}).items():
+                if isinstance(value, Tensor):
+                    device = value.device if key == "step" else p.device
+                    self.state[p][key] = value.to(device, copy=True)
+        self._seen = {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._seen: dict[int, list[tuple[int, int]]] = {}
+
+    def _geometric(self) -> list[dict[str, Any]]:
+        return [group for group in self.param_groups if group["kind"] == "geometric"]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if "kind" not in param_group:
+            param_group.setdefault("kind", "rest")
+            for key, value in (("betas", (0.9, 0.999)), ("eps", 1e-8), ("weight_decay", 0.0)):
+                param_group.setdefault(key, value)
+        super().add_param_group(param_group)
+        if "_seen" not in self.__dict__:
+            self._seen = {}
+
+
+class _Move(NamedTuple):
+    """A bucket on its way through one step."""
+
+    index: int
+    group: dict[str, Any]
+    live: list[bool]
+    point: method.Point
+    K: Tensor
+    L: Tensor
+    new: method.Point
+    written: bool
+
+
+def phase_of(group: dict[str, Any]) -> str:
+    """"grow", "judge" or "hold": what the coming step does with the rank."""
+    at, settle, every = group["steps"], group["settle_after"], group["prune_every"]
+    if settle is not None and at >= settle:
+        return "judge" if at == settle else "hold"
+    if every is None:
+        return "hold"
+    at, growing = at % every, every // 6
+    return "grow" if at < growing else "judge" if at == growing else "hold"
+
+
+def _by_shape(pairs: list[Pair]) -> list[list[Pair]]:
+    buckets: dict[Any, list[Pair]] = defaultdict(list)
+    for pair in pairs:
+        key = (pair.d_out, pair.d_in, pair.r, pair.A.dtype, pair.B.dtype, pair.A.device)
+        buckets[key].append(pair)
+    return list(buckets.values())
+
+
+def _bucket(pairs: list[Pair], settings: dict[str, Any]) -> dict[str, Any]:
+    first = pairs[0]
+    rank = settings["start_rank"] or first.r
+    return {
+        "kind": "geometric",
+        "params": [p for pair in pairs for p in (pair.A, pair.B)],
+        "layers": [pair.name for pair in pairs],
+        "scales": [pair.scale for pair in pairs],
+        "ranks": [rank] * len(pairs),
+        "cost": first.d_in + first.d_out,
+        "width": math.sqrt(first.d_in * first.d_out),
+        "steps": 0,
+        "skipped": 0,
+        **settings,
+    }
+
+
+def _make_masters(state: dict[str, Any], group: dict[str, Any]) -> None:
+    A, B = group["params"][:2]
+    n, r, dtype = len(group["layers"]), A.shape[0], torch.promote_types(A.dtype, torch.float32)
+    d_out, d_in = B.flatten(1).shape[0], A.flatten(1).shape[1]
+    shapes = {"U": (n, d_out, r), "sigma": (n, r), "V": (n, d_in, r)}
+    if group["moments"] != "none":
+        shapes |= {"K": (n, d_out, r), "L": (n, d_in, r)}
+    for key, shape in shapes.items():
+        state[key] = torch.zeros(shape, dtype=dtype, device=A.device)
+
+
+def _stacked_gradients(params: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def stack(side: list[Tensor]) -> Tensor:
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in side]
+        return torch.stack([g.flatten(1) for g in grads]).to(dtype)
+
+    return stack(params[::2]), stack(params[1::2])
+
+
+def _pairs_of(params: list[Tensor]) -> Iterable[tuple[Tensor, Tensor]]:
+    return zip(params[::2], params[1::2], strict=True)
+
+
+def _with_probes(U: Tensor, V: Tensor, layers: list[str], step: int) -> Tensor:
+    """V with a random unit vector, orthogonal to V, in the first idle slot of every layer.
+
+    Where U^T G = 0 and G V = 0 the tangent step is blind although G may not be zero (with lr = 1 on
+    a quadratic loss a rank-1 start stays at rank 1 for ever); a probe sees G w. The numbers depend
+    on the layer's name and the step alone, so every process draws the same.
+    """
+    idle = ~((U != 0).any(-2) | (V != 0).any(-2))  # (n, r)
+    first = idle & (idle.cumsum(-1) == 1)
+    draws = []
+    for name in layers:
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{name}:{step}".encode()))
+        draws.append(torch.randn(V.shape[-2], generator=generator, dtype=torch.float64))
+    omega = torch.stack(draws).to(V).unsqueeze(-1)  # (n, d_in, 1)
+    omega = omega / torch.linalg.vector_norm(omega, dim=-2, keepdim=True)
+    for _ in range(2):
+        omega = omega - V @ (V.mT @ omega)
+    length = torch.linalg.vector_norm(omega, dim=-2, keepdim=True)
+    room = length > 1e-3  # V may span everything
+    omega = torch.where(room, omega / length.clamp(min=1e-3), 0.0)
+    omega = omega - V @ (V.mT @ omega)
+    return V + omega * first.unsqueeze(-2)
+
+
+def _scales(group: dict[str, Any], like: Tensor) -> Tensor:
+    return torch.tensor(group["scales"], dtype=like.dtype, device=like.device)
+
+
+def _fingerprints(params: list[Tensor]) -> list[tuple[int, int]]:
+    return [(p._version, p.data_ptr()) for p in params]
+
+
+def _firsts(state_dict: dict[str, Any]) -> list[dict[str, Any] | None]:
+    return [state_dict["state"].get(g["params"][0]) for g in state_dict["param_groups"]]
+
+
+def _choose(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise SettingError(f"GeoLoRA: `{name}` must be one of {choices}; got {value!r}.")
+
+
+def _demand(name: str, value: object, met: bool, condition: str) -> None:
+    if not met:
+        raise SettingError(f"GeoLoRA: `{name}` must be {condition}; got {value!r}.")

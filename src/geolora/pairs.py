@@ -1,0 +1,220 @@
+"""Finds the LoRA pairs of a PEFT model and accepts or refuses each, with the reason.
+
+With `adapter.py` the only place that knows PEFT's layer classes.
+
+| layer                                                     | treated                          |
+|-----------------------------------------------------------|----------------------------------|
+| Linear, HF Conv1D, every quantised Linear                 | yes: A (r, d_in), B (d_out, r)   |
+| Conv1d / Conv2d / Conv3d, groups = 1                      | yes: kernel flattened into d_in  |
+| MultiheadAttention                                        | yes: its two pairs are plain     |
+| Embedding                                                 | no: AdamW, with a warning        |
+| grouped convolution                                       | refused: block structure         |
+| DoRA and every other variant (QALoRA, aLoRA, KaSA, …)     | refused: not W0 + s B A          |
+| ParamWrapper (`target_parameters`, MoE experts)           | refused: interleaved factors     |
+| AdaLoRA                                                   | refused: three factors           |
+| tied pairs (shared storage)                               | refused: one matrix, two layers  |
+| tensor-parallel, DTensor, ZeRO-partitioned factors        | refused: the step needs whole A, B |
+| one of the two factors frozen                             | refused                          |
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from geolora.errors import BudgetError, PairingError, SettingError, SetupError, at_most_three
+
+PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One LoRA pair, W = scale * B @ A.
+
+    A is (r, d_in) and B (d_out, r); for a convolution A is (r, in, *kernel) and B (out, r, 1, …),
+    to be flattened after the first dimension.
+    """
+
+    name: str
+    A: nn.Parameter
+    B: nn.Parameter
+    scale: float
+
+    @property
+    def r(self) -> int:
+        return self.A.shape[0]
+
+    @property
+    def d_in(self) -> int:
+        return self.A[0].numel()
+
+    @property
+    def d_out(self) -> int:
+        return self.B.shape[0]
+
+
+def find_pairs(model: nn.Module, adapter_name: str | None = None) -> list[Pair]:
+    """All pairs of one adapter of a model, in the model's order.
+
+    Args:
+        model: a PeftModel, or any module with injected LoRA layers.
+        adapter_name: which adapter; None for the active one.
+
+    Raises:
+        PairingError: the model has no LoRA pair, several active adapters and no name was given, or
+            a layer that cannot be treated (table above).
+        SettingError: an unknown adapter, a rank above min(d_out, d_in), a scale that is not positive.
+        SetupError: sharded or partitioned factors.
+    """
+    layers = list(_lora_layers(model))
+    if not layers:
+        raise PairingError(
+            "geolora: `model` must have LoRA layers; found none. "
+            "Wrap it with peft.get_peft_model(model, LoraConfig(...)) first."
+        )
+    adapter = _adapter_of(layers, adapter_name)
+    pairs = []
+    for name, layer in layers:
+        if adapter in layer.lora_A:
+            _refuse(name, layer, adapter)
+            pair = Pair(
+                name,
+                layer.lora_A[adapter].weight,
+                layer.lora_B[adapter].weight,
+                float(layer.scaling[adapter]),
+            )
+            _check(pair)
+            pairs.append(pair)
+    if not pairs:
+        raise PairingError(
+            f"geolora: adapter `{adapter}` must have at least one linear or convolution layer; it "
+            "has none (embeddings are left to AdamW). Add linear layers to `target_modules`."
+        )
+    _refuse_tied(pairs)
+    return pairs
+
+
+def unpaired_lora_layers(model: nn.Module) -> list[str]:
+    """Names of LoRA layers with trainable factors that have no pair (embeddings)."""
+    return [
+        name
+        for name, layer in _lora_layers(model)
+        if any(p.requires_grad for p in layer.lora_embedding_A.values())
+    ]
+
+
+def _lora_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            yield name.removeprefix(PREFIX), module
+
+
+def _adapter_of(layers: list[tuple[str, nn.Module]], adapter_name: str | None) -> str:
+    known = sorted(
+        {key for _, layer in layers for key in (*layer.lora_A, *layer.lora_embedding_A)}
+    )
+    if adapter_name is not None:
+        if adapter_name not in known:
+            raise SettingError(
+                f"geolora: `adapter_name` must be one of {known}; got {adapter_name!r}."
+            )
+        return adapter_name
+    active = sorted({key for _, layer in layers for key in layer.active_adapters if key in known})
+    if len(active) != 1:
+        raise PairingError(
+            f"geolora: `adapter_name` is needed where not exactly one adapter is active; active "
+            f"are {active} of {known}."
+        )
+    return active[0]
+
+
+def _refuse(name: str, layer: nn.Module, adapter: str) -> None:
+    from peft.tuners.lora import ParamWrapper
+
+    kind = type(layer).__name__
+    base = layer.get_base_layer()
+    reason = None
+    if hasattr(layer, "lora_E"):
+        reason = "an AdaLoRA layer has three factors. Use LoraConfig instead of AdaLoraConfig"
+    elif isinstance(layer, ParamWrapper):
+        reason = "the factors of all experts are interleaved. Leave out `target_parameters`"
+    elif layer.lora_variant.get(adapter) is not None:
+        variant = type(layer.lora_variant[adapter]).__name__
+        reason = f"{variant} (DoRA or the like) is not W0 + s B A. Switch it off in LoraConfig"
+    elif getattr(base, "groups", 1) != 1:
+        reason = (
+            f"a convolution with groups={base.groups} has a block structure. "
+            "Leave this layer out of `target_modules`"
+        )
+    elif kind == "LoraParallelLinear":
+        reason = "a tensor-parallel layer holds a part of its factor. Use DDP"
+    if reason is not None:
+        raise PairingError(f"geolora: layer `{name}` ({kind}) cannot be trained: {reason}.")
+
+
+def _check(pair: Pair) -> None:
+    refuse_sharded(pair.name, pair.A, pair.B)
+    if pair.r > min(pair.d_out, pair.d_in):
+        raise SettingError(
+            f"geolora: rank must be at most min(d_out, d_in); got r={pair.r} for "
+            f"{pair.d_out} x {pair.d_in} in `{pair.name}`. Lower `r`, or leave this layer out."
+        )
+    if pair.scale <= 0:
+        raise SettingError(
+            f"geolora: LoRA's scaling must be positive; got {pair.scale} in `{pair.name}`. "
+            "Set `lora_alpha` = r."
+        )
+
+
+def refuse_frozen(pairs: list[Pair]) -> None:
+    """Raise `PairingError` for pairs of which a factor does not require gradients."""
+    for pair in pairs:
+        frozen = [n for n, factor in (("A", pair.A), ("B", pair.B)) if not factor.requires_grad]
+        if frozen:
+            raise PairingError(
+                f"geolora: both factors of `{pair.name}` must be trainable; {' and '.join(frozen)} "
+                "frozen. Unfreeze (PeftModel.from_pretrained(..., is_trainable=True)), or use an "
+                "ordinary optimizer."
+            )
+
+
+def check_budget(pairs: list[Pair], budget: int | None) -> None:
+    """Raise `BudgetError` where the budget does not hold one direction in every layer."""
+    least = sum(pair.d_in + pair.d_out for pair in pairs)
+    if budget is not None and budget < least:
+        raise BudgetError(
+            f"geolora: `budget` must hold one direction in every layer, {least} parameters; got "
+            f"{budget}. Raise it, or target fewer layers."
+        )
+
+
+def refuse_sharded(name: str, *factors: torch.Tensor) -> None:
+    """Raise `SetupError` for factors that are parts of a matrix (DTensor, ZeRO)."""
+    for factor in factors:
+        if hasattr(factor, "ds_shape") or hasattr(factor, "ds_id") or factor.ndim < 2:
+            raise SetupError(
+                f"geolora: the factors of `{name}` are partitioned (DeepSpeed ZeRO hands over flat "
+                "pieces). Use DDP, or ZeRO stage 0: the step needs whole factors."
+            )
+        if hasattr(factor, "placements"):
+            raise SetupError(
+                f"geolora: the factors of `{name}` are sharded (DTensor). Use DDP, or keep the "
+                "adapter modules out of sharding: the step needs whole factors."
+            )
+
+
+def _refuse_tied(pairs: list[Pair]) -> None:
+    seen: dict[int, str] = {}
+    for pair in pairs:
+        for factor in (pair.A, pair.B):
+            pointer = factor.untyped_storage().data_ptr()
+            if pointer and pointer in seen:
+                names = at_most_three([seen[pointer], pair.name])
+                raise PairingError(
+                    f"geolora: pairs must not share storage; {names} do (tied weights). "
+                    "Leave one of them out of `target_modules`."
+                )
+            seen[pointer] = pair.name

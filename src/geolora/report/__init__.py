@@ -1,0 +1,1 @@
+"""report.json in, tables and figures out; nothing is computed here."""

@@ -1,0 +1,1 @@
+"""Data in, a trained adapter out: one small file per kind of task."""

@@ -1,0 +1,391 @@
+"""Text classification and regression: rows in, `transformers.Trainer`, a PEFT adapter out."""
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from geolora import __version__
+from geolora.adapter import export
+from geolora.errors import DataError, ModelError, OutputError, SettingError
+from geolora.pairs import find_pairs
+from geolora.tasks.data import class_names, nearest, numbers, read_rows, texts
+from geolora.tasks.data import column as column_of
+from geolora.trainer import FACTORIES, for_trainer, progress_callback
+
+TASKS = ("text-classification", "text-regression")
+INITS = ("default", "gaussian")
+WARMUP = 0.06
+SETTLE = 0.9
+"""Share of the steps after which ranks are judged a last time and then kept."""
+
+
+def _flag(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A run of `geolora train`: one field per flag, the same words."""
+
+    model: str = _flag("", "local model folder or hub name")
+    train: str = _flag("", "training file: .jsonl, .jsonl.gz or .csv")
+    eval: str = _flag("", "evaluation file, of the same columns")
+    task: str = _flag(TASKS[0], "what is learnt", TASKS)
+    text: str = _flag("text", "column of the text")
+    text_pair: str | None = _flag(None, "column of a second text, for pairs")
+    label: str = _flag("label", "column of the class or number")
+    method: str = _flag("geolora", "how the adapter is trained", tuple(FACTORIES))
+    init: str = _flag("default", "PEFT's start of A (B is 0)", INITS)
+    rank: int = _flag(16, "physical width r of every pair: the most a layer can use")
+    start_rank: int | None = _flag(None, "rank to start with (geolora); all of --rank if not given")
+    lr: float | None = _flag(None, "step size; a default per method if not given")
+    rest_lr: float = _flag(1e-3, "AdamW's step size for head and biases")
+    budget: int | None = _flag(None, "adapter parameters to keep at most (geolora)")
+    tail: float = _flag(0.1, "share of a layer's singular values that may be cut (geolora)")
+    epochs: float = _flag(3.0, "passes over the training file")
+    max_steps: int | None = _flag(None, "number of steps; overrides --epochs")
+    batch_size: int = _flag(32, "rows per step")
+    max_length: int = _flag(128, "tokens per row; longer texts are cut")
+    seed: int = _flag(0, "seed of the head, the adapter and the order of the data")
+    save_every: int | None = _flag(None, "steps between checkpoints; none if not given")
+    output: str = _flag("geolora-output", "folder to write")
+    overwrite: bool = _flag(False, "replace an output folder that exists")
+
+
+@dataclass(frozen=True)
+class TextData:
+    """Texts (each one or two strings), and labels: class indices, or numbers."""
+
+    train: list[tuple[str, ...]]
+    train_labels: list[Any]
+    held_out: list[tuple[str, ...]]
+    held_out_labels: list[Any]
+    names: list[str]
+    """Class names by index; empty for regression."""
+
+
+def load(config: TrainConfig) -> TextData:
+    """Read and check the files of a run.
+
+    Raises:
+        DataError: what is missing or misspelt, with the nearest name.
+    """
+    sides = {}
+    for flag, path in (("--train", config.train), ("--eval", config.eval)):
+        if not path:
+            raise DataError(f"`{flag}` must be given: a .jsonl, .jsonl.gz or .csv file.")
+        rows = read_rows(path, flag)
+        columns = [texts(rows, config.text, "--text", Path(path).name)]
+        if config.text_pair:
+            columns.append(texts(rows, config.text_pair, "--text-pair", Path(path).name))
+        labels = column_of(rows, config.label, "--label", Path(path).name)
+        sides[flag] = (list(zip(*columns, strict=True)), labels)
+    (train, train_labels), (held_out, held_out_labels) = sides["--train"], sides["--eval"]
+    if config.task == "text-regression":
+        train_labels = numbers(train_labels, config.label, Path(config.train).name)
+        held_out_labels = numbers(held_out_labels, config.label, Path(config.eval).name)
+        return TextData(train, train_labels, held_out, held_out_labels, [])
+    return with_classes(train, train_labels, held_out, held_out_labels, config.label)
+
+
+def with_classes(
+    train: list[tuple[str, ...]],
+    train_labels: Sequence[Any],
+    held_out: list[tuple[str, ...]],
+    held_out_labels: Sequence[Any],
+    name: str = "label",
+) -> TextData:
+    """`TextData` with class names, and labels as their indices."""
+    names = class_names(train_labels, held_out_labels, name)
+    index = {label: i for i, label in enumerate(names)}
+    return TextData(
+        train,
+        [index[str(label)] for label in train_labels],
+        held_out,
+        [index[str(label)] for label in held_out_labels],
+        names,
+    )
+
+
+def check(config: TrainConfig) -> None:
+    """Refuse settings that cannot work, before anything is loaded or written.
+
+    Raises:
+        SettingError: a flag out of its range. OutputError: an output folder that exists.
+    """
+    for spec in fields(config):
+        value, choices = getattr(config, spec.name), spec.metadata["choices"]
+        flag = f"--{spec.name.replace('_', '-')}"
+        if choices and value not in choices:
+            known = ", ".join(choices)
+            raise SettingError(f"`{flag}` must be one of {known}; got {value}.{nearest(value, choices)}")
+        if isinstance(value, int | float) and not isinstance(value, bool) and spec.name != "seed":
+            if not value > 0 and spec.name not in ("tail", "lr", "rest_lr"):
+                raise SettingError(f"`{flag}` must be above 0; got {value}.")
+    if not config.model:
+        raise ModelError("`--model` must be given: a local folder or a hub name.")
+    output = Path(config.output)
+    if output.exists() and not config.overwrite and not unfinished(config):
+        raise OutputError(
+            f"`--output`: {output} exists. Choose another folder, or add --overwrite."
+        )
+
+
+def unfinished(config: TrainConfig) -> bool:
+    """Whether the output folder holds a run of the same settings that was stopped."""
+    output = Path(config.output)
+    try:
+        saved = json.loads((output / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    ours = {key: value for key, value in asdict(config).items() if key != "overwrite"}
+    saved.pop("overwrite", None)
+    return saved == ours and not (output / "report.json").exists()
+
+
+def run(config: TrainConfig) -> dict[str, Any]:
+    """Train as configured: check, read, load, train, evaluate, export, report.
+
+    Returns:
+        The report that also stands in `<output>/report.json`.
+    """
+    check(config)
+    data = load(config)
+    return train(config, data)
+
+
+def train(config: TrainConfig, data: TextData) -> dict[str, Any]:
+    """Train on data already read; see `run`."""
+    from transformers import DataCollatorWithPadding, Trainer, set_seed
+
+    set_seed(config.seed)
+    model, tokenizer = _load_model(config, data)
+    total = planned_steps(config, len(data.train))
+    optimizer = _optimizer(config, total)
+    model = _with_adapter(model, config)
+    # building one now finds unusable settings before anything is written
+    optimizer[0]()(model, **optimizer[1])
+
+    output, resume = Path(config.output), None
+    if unfinished(config) and not config.overwrite:
+        found = sorted((output / "checkpoints").glob("checkpoint-*"), key=_step_of)
+        resume = str(found[-1]) if found else None
+    elif output.exists():
+        shutil.rmtree(output)
+    output.mkdir(parents=True, exist_ok=True)
+    _write_json(output / "run.json", asdict(config))
+
+    trainer = Trainer(
+        model=model,
+        args=_arguments(config, total),
+        train_dataset=_encode(tokenizer, data.train, data.train_labels, config),
+        eval_dataset=_encode(tokenizer, data.held_out, data.held_out_labels, config),
+        data_collator=DataCollatorWithPadding(tokenizer),
+        compute_metrics=_pearson if not data.names else _accuracy,
+        optimizer_cls_and_kwargs=optimizer,
+        callbacks=[progress_callback()],
+    )
+    _only_our_bar(trainer)
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=resume)
+    seconds = time.perf_counter() - start
+    score = trainer.evaluate()
+    exported = export(model, output / "adapter")
+    tokenizer.save_pretrained(output / "adapter")
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    metric = "accuracy" if data.names else "pearson"
+    report = {
+        "method": config.method,
+        "task": config.task,
+        "metric": metric,
+        "value": score[f"eval_{metric}"],
+        "train_loss": _last_tenth(history),
+        "steps": total,
+        "seconds": seconds,
+        "seconds_per_step": seconds / total,
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "adapter_parameters": exported.adapter_parameters,
+        "exported_parameters": exported.exported_parameters,
+        "ranks": exported.ranks,
+        "peak_memory_bytes": _peak_memory(),
+        "seed": config.seed,
+        "versions": versions(),
+        "command": " ".join(["geolora", *sys.argv[1:]]),
+    }
+    _write_json(output / "history.json", history)
+    if data.names:
+        _write_json(output / "labels.json", data.names)
+    _write_json(output / "report.json", report)
+    shutil.rmtree(output / "checkpoints", ignore_errors=True)
+    return report
+
+
+def planned_steps(config: TrainConfig, rows: int) -> int:
+    """Number of optimizer steps of a run."""
+    if config.max_steps:
+        return config.max_steps
+    return max(1, round(config.epochs * -(-rows // config.batch_size)))
+
+
+def versions() -> dict[str, str]:
+    """Versions of what made a result."""
+    import peft
+    import transformers
+
+    return {
+        "geolora": __version__,
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+    }
+
+
+def _load_model(config: TrainConfig, data: TextData) -> tuple[Any, Any]:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # a new head is what we ask for, not news
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.model)
+        names = data.names
+        if names:
+            labels = dict(enumerate(names))
+            extra: dict[str, Any] = {"id2label": labels, "label2id": {v: k for k, v in labels.items()}}
+        else:
+            extra = {"problem_type": "regression"}
+        model = AutoModelForSequenceClassification.from_pretrained(
+            config.model, num_labels=len(names) or 1, **extra
+        )
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ModelError(f"`--model`: {config.model} cannot be loaded: {first}") from error
+    finally:
+        logging.set_verbosity(level)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+def _with_adapter(model: Any, config: TrainConfig) -> Any:
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    init = True if config.init == "default" else config.init
+    lora = LoraConfig(
+        task_type=TaskType.SEQ_CLS,
+        r=config.rank,
+        lora_alpha=config.rank,
+        target_modules="all-linear",
+        init_lora_weights=init,
+    )
+    model = get_peft_model(model, lora)
+    find_pairs(model)
+    return model
+
+
+def _optimizer(config: TrainConfig, total: int) -> tuple[type, dict[str, Any]]:
+    settings: dict[str, Any] = {"rest_lr": config.rest_lr}
+    if config.lr is not None:
+        settings["lr"] = config.lr
+    if config.method == "geolora":
+        settings |= {
+            "start_rank": config.start_rank,
+            "tail": config.tail,
+            "budget": config.budget,
+            "settle_after": int(SETTLE * total),
+        }
+    elif config.budget is not None or config.start_rank is not None:
+        raise SettingError("`--budget` and `--start-rank` belong to --method geolora.")
+    return for_trainer(config.method, **settings)
+
+
+def _arguments(config: TrainConfig, total: int) -> Any:
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        output_dir=str(Path(config.output) / "checkpoints"),
+        max_steps=total,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=max(config.batch_size, 64),
+        lr_scheduler_type="linear",
+        warmup_steps=round(WARMUP * total),
+        # clipping the factors' gradients would change lr per W; AdamW's runs keep Trainer's default
+        max_grad_norm=0.0 if config.method == "geolora" else 1.0,
+        logging_steps=max(1, min(10, total // 20)),
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if config.save_every else "no",
+        save_steps=config.save_every or total,
+        save_total_limit=2,
+        seed=config.seed,
+        report_to="none",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=True,
+    )
+
+
+def _encode(
+    tokenizer: Any, rows: list[tuple[str, ...]], labels: list[Any], config: TrainConfig
+) -> list[dict[str, Any]]:
+    sides = [list(side) for side in zip(*rows, strict=True)]
+    batch = tokenizer(*sides, truncation=True, max_length=config.max_length)
+    keys = list(batch.keys())
+    return [
+        {**{key: batch[key][i] for key in keys}, "labels": label} for i, label in enumerate(labels)
+    ]
+
+
+def _only_our_bar(trainer: Any) -> None:
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+
+
+def _accuracy(prediction: Any) -> dict[str, float]:
+    hits = prediction.predictions.argmax(-1) == prediction.label_ids
+    return {"accuracy": float(hits.mean())}
+
+
+def _pearson(prediction: Any) -> dict[str, float]:
+    """Pearson correlation; 0 where the predictions or the labels are constant."""
+    x = torch.as_tensor(prediction.predictions).double().flatten()
+    y = torch.as_tensor(prediction.label_ids).double().flatten()
+    x, y = x - x.mean(), y - y.mean()
+    size = float(x.norm() * y.norm())
+    return {"pearson": float(x @ y) / size if size else 0.0}
+
+
+def _last_tenth(history: list[dict[str, Any]]) -> float:
+    """Mean training loss over the last tenth of the logged steps."""
+    losses = [entry["loss"] for entry in history]
+    tail = losses[-max(1, len(losses) // 10) :]
+    return sum(tail) / len(tail) if tail else float("nan")
+
+
+def _peak_memory() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])
+
+
+def _write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader sees the whole file or none."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)

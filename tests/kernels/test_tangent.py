@@ -1,0 +1,76 @@
+"""Tangent parts against the dense projection."""
+
+import pytest
+import torch
+from tolerances import bound, difference
+
+from geolora.kernels.augment import augment
+from geolora.kernels.tangent import core_of, inner, norm, project, to_dense, transport
+
+
+def point(d_out: int = 12, d_in: int = 9, r: int = 3, *batch: int, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*batch, *shape, generator=generator, dtype=torch.float64)
+
+    U, V = torch.linalg.qr(draw(d_out, r))[0], torch.linalg.qr(draw(d_in, r))[0]
+    return U, V, draw(d_out, d_in), draw(d_out, d_in)
+
+
+def dense(G: torch.Tensor, U: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
+    return U @ U.mT @ G + G @ V @ V.mT - U @ U.mT @ G @ V @ V.mT
+
+
+LIMIT = bound(torch.float64, 12)
+
+
+@pytest.mark.parametrize("batch", [(), (4,), (2, 3)])
+def test_parts_are_the_projection(batch: tuple[int, ...]) -> None:
+    U, V, G, H = point(12, 9, 3, *batch)
+    assert difference(to_dense(*project(G, U, V), U, V), dense(G, U, V)) < LIMIT
+    K1, L1 = project(G, U, V)
+    K2, L2 = project(H, U, V)
+    expected = (dense(G, U, V) * dense(H, U, V)).sum((-2, -1))
+    assert difference(inner(K1, L1, K2, L2, U), expected) < LIMIT
+    assert difference(norm(K1, L1, U) ** 2, (dense(G, U, V) ** 2).sum((-2, -1))) < LIMIT
+
+
+def test_projection_is_idempotent_and_self_adjoint() -> None:
+    U, V, G, H = point()
+    once = dense(G, U, V)
+    assert difference(to_dense(*project(once, U, V), U, V), once) < LIMIT
+    assert abs((dense(G, U, V) * H).sum() - (G * dense(H, U, V)).sum()) < LIMIT * G.norm() * H.norm()
+
+
+def test_idle_slots_and_probes() -> None:
+    U, V, G, _ = point()
+    U[:, 2] = 0  # slot 2 is a probe: seen from the right only
+    expected = dense(G, U[:, :2], V)
+    assert difference(to_dense(*project(G, U, V), U, V), expected) < LIMIT
+    V[:, 2] = 0  # and now idle
+    expected = dense(G, U[:, :2], V[:, :2])
+    assert difference(to_dense(*project(G, U, V), U, V), expected) < LIMIT
+
+
+@pytest.mark.parametrize("batch", [(), (4,)])
+def test_transport_is_the_projection_at_the_new_point(batch: tuple[int, ...]) -> None:
+    U, V, G, _ = point(12, 9, 3, *batch)
+    U2, V2, _, _ = point(12, 9, 4, *batch, seed=7)
+    M = dense(G, U, V)
+    K, L = transport(*project(G, U, V), U, V, U2, V2)
+    assert difference(to_dense(K, L, U2, V2), dense(M, U2, V2)) < LIMIT
+    assert bool((norm(K, L, U2) <= norm(*project(G, U, V), U) * (1 + LIMIT)).all())
+    back = transport(*project(G, U, V), U, V, U, V)
+    assert difference(to_dense(*back, U, V), M) < LIMIT
+
+
+def test_core_is_the_tangent_matrix_in_the_augmented_bases() -> None:
+    U, V, G, _ = point()
+    K, L = project(G, U, V)
+    U_new, RK = augment(U, K)
+    V_new, RL = augment(V, L)
+    core = core_of(K, U, RK, RL)
+    left, right = torch.cat([U, U_new], -1), torch.cat([V, V_new], -1)
+    assert difference(left @ core @ right.mT, dense(G, U, V)) < LIMIT
+    assert torch.equal(core[3:, 3:], torch.zeros(3, 3, dtype=torch.float64))

@@ -1,0 +1,273 @@
+"""The step itself: tests T1 to T9 and T11 of a geometric integrator, on tensors.
+
+L(W) = ½||W - W*||² unless said otherwise, so G = W - W*.
+"""
+
+import itertools
+
+import pytest
+import reference
+import torch
+from tolerances import bound, difference
+
+from geolora.kernels.tangent import project, to_dense
+from geolora.methods.geolora import Point, cut, soft_sign, step
+
+D_OUT, D_IN, R = 14, 11, 4
+SPECTRA = {
+    "plain": [3.0, 2.0, 1.0, 0.5],
+    "ill-conditioned": [1.0, 1e-4, 1e-8, 1e-14],
+    "equal": [1.0, 1.0, 1.0, 1.0],
+    "zero": [0.0, 0.0, 0.0, 0.0],
+}
+LRS = [0.1, 0.7, 1.0, 1.9]
+LIMIT = 1e-12
+
+
+def normal(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def start(spectrum: list[float], *batch: int, seed: int = 0) -> Point:
+    """A point with 2R slots, so that nothing is cut by the number of slots."""
+    U = torch.zeros(*batch, D_OUT, 2 * R, dtype=torch.float64)
+    V = torch.zeros(*batch, D_IN, 2 * R, dtype=torch.float64)
+    U[..., :R] = torch.linalg.qr(normal(*batch, D_OUT, R, seed=seed))[0]
+    V[..., :R] = torch.linalg.qr(normal(*batch, D_IN, R, seed=seed + 1))[0]
+    sigma = torch.zeros(*batch, 2 * R, dtype=torch.float64)
+    sigma[..., :R] = torch.tensor(spectrum, dtype=torch.float64)
+    return Point(U, sigma, V)
+
+
+def dense(point: Point) -> torch.Tensor:
+    return (point.U * point.sigma.unsqueeze(-2)) @ point.V.mT
+
+
+def everything(point: Point) -> torch.Tensor:
+    """A cap that cuts nothing."""
+    return torch.full(point.sigma.shape[:-1], point.sigma.shape[-1])
+
+
+def advance(point: Point, G: torch.Tensor, lr: float, **kwargs: float) -> Point:
+    return step(point, *project(G, point.U, point.V), lr, everything(point), **kwargs)
+
+
+cases = pytest.mark.parametrize("spectrum", SPECTRA.values(), ids=SPECTRA)
+steps = pytest.mark.parametrize("lr", LRS)
+
+
+@cases
+@steps
+def test_t1_before_truncation_the_step_is_w_minus_lr_pg(spectrum: list[float], lr: float) -> None:
+    point, G = start(spectrum), normal(D_OUT, D_IN, seed=5)
+    PG = reference.projection(G, point.U, point.V)
+    new = advance(point, G, lr)
+    assert difference(dense(new), dense(point) - lr * PG) < LIMIT
+    assert int((new.sigma > 0).sum()) <= 2 * R
+
+
+@cases
+@steps
+def test_t2_loss_falls_by_the_exact_amount(spectrum: list[float], lr: float) -> None:
+    point, target = start(spectrum), normal(D_OUT, D_IN, seed=6)
+    W = dense(point)
+    G = W - target
+    PG = reference.projection(G, point.U, point.V)
+    after = 0.5 * (dense(advance(point, G, lr)) - target).square().sum()
+    expected = 0.5 * G.square().sum() - lr * (1 - lr / 2) * PG.square().sum()
+    assert abs(after - expected) < LIMIT * G.square().sum()
+
+
+@cases
+def test_t3_descent_with_truncation_and_a_smooth_loss(spectrum: list[float]) -> None:
+    """L(W+) <= L(W) - lr (1 - c lr / 2)||PG||² + ||grad L(W^)|| theta + c theta² / 2."""
+    point, target = start(spectrum), normal(D_OUT, D_IN, seed=7)
+    C = torch.diag(torch.linspace(0.2, 2.0, D_OUT, dtype=torch.float64))  # L = ½<W-W*, C(W-W*)>
+    c = 2.0
+
+    def loss(W: torch.Tensor) -> torch.Tensor:
+        return 0.5 * ((W - target) * (C @ (W - target))).sum()
+
+    for lr, rank in itertools.product((0.1, 0.5, 1.0), (1, 2, 4, 6)):
+        G = C @ (dense(point) - target)
+        PG = reference.projection(G, point.U, point.V)
+        hat = advance(point, G, lr)
+        new = cut(hat, torch.tensor(rank))
+        theta = float(hat.sigma[rank:].norm())
+        bounded = (
+            loss(dense(point))
+            - lr * (1 - c * lr / 2) * PG.square().sum()
+            + (C @ (dense(hat) - target)).norm() * theta
+            + c * theta**2 / 2
+        )
+        assert loss(dense(new)) <= bounded + LIMIT * abs(bounded)
+
+
+@cases
+def test_t4_t11_truncation_errs_by_the_tail_and_nothing_else(spectrum: list[float]) -> None:
+    point, G = start(spectrum), normal(D_OUT, D_IN, seed=8)
+    hat = advance(point, G, 0.3)
+    for rank in range(1, 2 * R):
+        new = cut(hat, torch.tensor(rank))
+        assert abs((dense(new) - dense(hat)).norm() - hat.sigma[rank:].norm()) < LIMIT * dense(hat).norm()
+
+
+@cases
+@steps
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_t5_bases_stay_orthonormal_and_sigma_sorted(
+    spectrum: list[float], lr: float, dtype: torch.dtype
+) -> None:
+    point = Point(*(part.to(dtype) for part in start(spectrum)))
+    target = normal(D_OUT, D_IN, seed=9).to(dtype)
+    for _ in range(30):
+        point = advance(point, dense(point) - target, lr)
+        for basis in (point.U, point.V):
+            active = torch.diag((point.sigma > 0).to(dtype))
+            assert (basis.mT @ basis - active).abs().max() < bound(dtype, D_OUT)
+        assert bool((point.sigma >= 0).all())
+        assert torch.equal(point.sigma, point.sigma.sort(descending=True)[0])
+
+
+def test_t6_the_error_does_not_grow_as_sigma_shrinks() -> None:
+    G = normal(D_OUT, D_IN, seed=10)
+    for small in (1.0, 1e-8, 1e-14, 1e-30, 0.0):
+        point = start([1.0, small, small**2, 0.0])
+        expected = dense(point) - 0.5 * reference.projection(G, point.U, point.V)
+        assert difference(dense(advance(point, G, 0.5)), expected) < 1e-14
+
+
+@cases
+@pytest.mark.parametrize("soften", [None, 0.01])
+def test_t7_the_step_does_not_depend_on_the_gauge(spectrum: list[float], soften: float | None) -> None:
+    """Turning U and V where the singular values are equal is another SVD of the same W."""
+    point, G = start([1.0, 1.0, 1.0, 1.0] if soften else spectrum), normal(D_OUT, D_IN, seed=11)
+    turn = torch.linalg.qr(normal(R, R, seed=12))[0]
+    turned = Point(point.U.clone(), point.sigma, point.V.clone())
+    if torch.allclose(point.sigma[:R], point.sigma[0]):
+        turned.U[:, :R], turned.V[:, :R] = point.U[:, :R] @ turn, point.V[:, :R] @ turn
+    else:  # distinct values: only signs and order of slots are free
+        order = torch.tensor([2, 0, 3, 1])
+        signs = torch.tensor([1.0, -1, -1, 1], dtype=torch.float64)
+        turned.U[:, :R] = point.U[:, order] * signs
+        turned.V[:, :R] = point.V[:, order] * signs
+        turned = Point(turned.U, torch.cat([point.sigma[order], point.sigma[R:]]), turned.V)
+    assert difference(dense(turned), dense(point)) < LIMIT
+    after, expected = (dense(advance(p, G, 0.5, soften=soften)) for p in (turned, point))
+    assert difference(after, expected) < LIMIT * (1 if soften is None else 100)
+
+
+def test_t8_at_sigma_zero_the_rank_doubles_at_once() -> None:
+    point, G = start([0.0] * R), normal(D_OUT, D_IN, seed=13)
+    new = advance(point, G, 0.5)
+    assert difference(dense(new), -0.5 * reference.projection(G, point.U, point.V)) < LIMIT
+    assert int((new.sigma > 0).sum()) == 2 * R
+    assert all(bool(part.isfinite().all()) for part in new)
+
+
+def test_t8_one_sided_where_only_v_is_known() -> None:
+    point, G = start([0.0] * R), normal(D_OUT, D_IN, seed=13)
+    point = Point(torch.zeros_like(point.U), point.sigma, point.V)
+    new = advance(point, G, 0.5)
+    assert difference(dense(new), -0.5 * G @ point.V @ point.V.mT) < LIMIT
+    assert int((new.sigma > 0).sum()) == R
+
+
+@cases
+def test_t9_where_the_tangent_gradient_vanishes_nothing_moves(spectrum: list[float]) -> None:
+    point = start(spectrum)
+    G = normal(D_OUT, D_IN, seed=14)
+    G = G - reference.projection(G, point.U, point.V)  # normal to the manifold, not zero
+    assert difference(dense(advance(point, G, 1.0)), dense(point)) < LIMIT
+    exact = step(
+        point, torch.zeros_like(point.U), torch.zeros_like(point.V), 1.0, everything(point)
+    )
+    assert difference(dense(exact), dense(point)) < LIMIT
+
+
+@pytest.mark.parametrize("soften", [None, 0.01])
+def test_batch_equals_loop(soften: float | None) -> None:
+    point = start(SPECTRA["plain"], 2, 3)
+    point.sigma[0, 1] = 0.0
+    G, lr = normal(2, 3, D_OUT, D_IN, seed=15), normal(2, 3, seed=16).abs()
+    cap = torch.tensor([[2, 8, 1], [3, 4, 8]])
+    new = step(point, *project(G, point.U, point.V), lr, cap, soften)
+    for i, j in itertools.product(range(2), range(3)):
+        one = Point(point.U[i, j], point.sigma[i, j], point.V[i, j])
+        parts = project(G[i, j], one.U, one.V)
+        expected = step(one, *parts, float(lr[i, j]), cap[i, j], soften)
+        assert difference(dense(new)[i, j], dense(expected)) < LIMIT
+        assert int((new.sigma[i, j] > 0).sum()) == int((expected.sigma > 0).sum()) <= int(cap[i, j])
+
+
+def test_every_direction_moves_at_a_like_speed() -> None:
+    M = normal(D_OUT, D_IN, seed=17)
+    assert difference(soft_sign(M, 0.01), reference.soft_sign(M, 0.01)) < LIMIT
+    values = torch.linalg.svdvals(M)
+    moved = torch.linalg.svdvals(soft_sign(M, 0.01))
+    assert difference(moved, values / (values + 0.01 * values[0])) < LIMIT
+    assert torch.equal(soft_sign(0 * M, 0.01), 0 * M)
+    point = start([0.0] * R)
+    change = dense(advance(point, M, 0.25, soften=0.01))
+    assert float(torch.linalg.matrix_norm(change, 2)) == pytest.approx(0.25 / 1.01)
+
+
+def test_an_empty_layer_keeps_its_probes() -> None:
+    point = start([0.0] * R)
+    point = Point(torch.zeros_like(point.U), point.sigma, point.V)
+    zero = torch.zeros(D_OUT, D_IN, dtype=torch.float64)
+    new = advance(point, zero, 1.0)
+    assert torch.equal(new.V, point.V)
+    assert not new.U.any()
+    # and a layer whose weight cancels in one step falls back on its right vectors
+    U, V = torch.zeros(D_OUT, 3).double(), torch.zeros(D_IN, 3).double()
+    U[0, 0] = V[1, 0] = 1.0
+    there = Point(U, torch.tensor([1.0, 0.0, 0.0]).double(), V)
+    gone = step(there, U, V, 1.0, everything(there))  # M = u v^T, so W - M = 0
+    assert not gone.sigma.any()
+    assert torch.equal(gone.V, V)
+    assert not gone.U.any()
+
+
+def test_rank_doubles_up_to_the_slots_on_a_full_rank_target() -> None:
+    """From rank 1: 2^t after t steps, exact, where the loss weighs its entries unevenly.
+
+    With the plain ½||W - W*||² the new directions are a Krylov sequence that adds less than it
+    could (rank 1, 2, 3, 5, …): see docs/decisions.md.
+    """
+    target = normal(40, 40, seed=18)
+    left, right = (torch.diag(torch.linspace(0.5, 1.5, 40, dtype=torch.float64)) for _ in "lr")
+    U = torch.zeros(40, 32, dtype=torch.float64)
+    V = torch.zeros(40, 32, dtype=torch.float64)
+    U[:, 0], V[:, 0] = (torch.nn.functional.normalize(normal(40, seed=s), dim=0) for s in (1, 2))
+    point = Point(U, torch.zeros(32, dtype=torch.float64), V)
+    ranks = []
+    for _ in range(7):
+        G = left @ (dense(point) - target) @ right
+        point = step(point, *project(G, point.U, point.V), 0.3, everything(point))
+        ranks.append(int((point.sigma > 0).sum()))
+    assert ranks == [2, 4, 8, 16, 32, 32, 32]
+
+
+def test_simultaneous_descent_stops_where_geolora_goes_on() -> None:
+    """Fig. 1: descent on U, S and V at once stalls at S = 0, U^T G V = 0 although P(W)G is not 0."""
+    target = torch.zeros(6, 6, dtype=torch.float64)
+    target[1, 0] = target[0, 1] = 1.0
+    U, V = torch.eye(6, 1, dtype=torch.float64), torch.eye(6, 1, dtype=torch.float64)
+    S = torch.zeros(1, 1, dtype=torch.float64)
+    for _ in range(200):  # the three gradients are G V S^T, U^T G V and G^T U S: all zero here
+        G = U @ S @ V.mT - target
+        U, S, V = U - 0.1 * G @ V @ S.mT, S - 0.1 * U.mT @ G @ V, V - 0.1 * G.mT @ U @ S
+    stuck = U @ S @ V.mT
+    G = stuck - target
+    assert reference.projection(G, U, V).norm() > 1.0
+    assert (stuck - target).norm() == pytest.approx(2**0.5)
+
+    slots = torch.zeros(6, 2, dtype=torch.float64)
+    slots[0, 0] = 1.0
+    point = Point(slots, torch.zeros(2, dtype=torch.float64), slots.clone())
+    for _ in range(200):
+        point = advance(point, dense(point) - target, 0.5)
+    end = to_dense(*project(dense(point) - target, point.U, point.V), point.U, point.V)
+    assert end.norm() < 1e-12
+    assert (dense(point) - target).norm() < 1e-12

@@ -1,0 +1,116 @@
+"""Small real PEFT models for tests."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+D_OUT, D_IN = 10, 12
+
+
+class Net(nn.Module):
+    """Two linear layers of one shape, one of another, and a head that is trained in full."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(D_IN, D_IN)
+        self.second = nn.Linear(D_IN, D_IN)
+        self.down = nn.Linear(D_IN, D_OUT)
+        self.head = nn.Linear(D_OUT, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.down(torch.tanh(self.second(torch.tanh(self.first(x)))))))
+
+
+def lora_net(
+    r: int = 4,
+    scale: float = 1.0,
+    dtype: torch.dtype = torch.float64,
+    **config: Any,
+) -> PeftModel:
+    """`Net` with stock LoRA on its three inner layers and the head in modules_to_save."""
+    settings = {
+        "target_modules": ["first", "second", "down"],
+        "modules_to_save": ["head"],
+        "lora_alpha": r * scale,
+        **config,
+    }
+    return get_peft_model(
+        Net().to(dtype), LoraConfig(r=r, **settings), autocast_adapter_dtype=False
+    )
+
+
+def batch(dtype: torch.dtype = torch.float64, rows: int = 24) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(rows, D_IN, generator=generator, dtype=torch.float64)
+    return x.to(dtype), torch.randint(0, 3, (rows,), generator=generator)
+
+
+def backward(model: nn.Module, dtype: torch.dtype = torch.float64) -> float:
+    """Fresh gradients of the cross-entropy on one fixed batch."""
+    x, labels = batch(dtype)
+    model.zero_grad()
+    loss = nn.functional.cross_entropy(model(x).float() if dtype != torch.float64 else model(x), labels)
+    loss.backward()
+    return float(loss.detach())
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, **kwargs: Any) -> list[float]:
+    losses = []
+    for _ in range(steps):
+        losses.append(backward(model, **kwargs))
+        optimizer.step()
+    return losses
+
+
+class OneLayer:
+    """A single PEFT linear layer with loss ½||X (W0 + W) - T||² / n, whose G is known in closed form."""
+
+    def __init__(
+        self, r: int, scale: float, d_out: int = 14, d_in: int = 11, dtype: torch.dtype = torch.float64
+    ) -> None:
+        generator = torch.Generator().manual_seed(3)
+        base = nn.Sequential(nn.Linear(d_in, d_out, bias=False)).to(dtype)
+        self.x = torch.randn(40, d_in, generator=generator, dtype=torch.float64).to(dtype)
+        true = torch.randn(d_out, d_in, generator=generator, dtype=torch.float64).to(dtype)
+        self.target = self.x @ true.mT
+        config = LoraConfig(r=r, lora_alpha=r * scale, target_modules=["0"])
+        self.model = get_peft_model(base, config, autocast_adapter_dtype=False)
+        self.layer = self.model.base_model.model[0]
+        self.A = self.layer.lora_A["default"].weight
+        self.B = self.layer.lora_B["default"].weight
+        self.scale = scale
+        self.name = "0"
+
+    @property
+    def W(self) -> Tensor:
+        return (self.scale * self.B.double() @ self.A.double()).detach()
+
+    def gradient(self, W: Tensor) -> Tensor:
+        W0 = self.layer.base_layer.weight.detach().double()
+        x, target = self.x.double(), self.target.double()
+        return (x @ (W0 + W).mT - target).mT @ x / len(x)
+
+    def backward(self) -> None:
+        self.model.zero_grad()
+        loss = 0.5 * (self.model(self.x) - self.target).square().sum() / len(self.x)
+        loss.backward()
+
+
+def pairs_of(model: nn.Module) -> list[tuple[str, nn.Parameter, nn.Parameter, float]]:
+    from geolora.pairs import find_pairs
+
+    return [(pair.name, pair.A, pair.B, pair.scale) for pair in find_pairs(model)]
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+Build = Callable[..., Any]

@@ -1,0 +1,121 @@
+"""GeoLoRA as in the papers, plainly: dense matrices, one layer, float64. Imports torch only.
+
+W is kept as a full matrix beside orthonormal bases U (d_out, a) and V (d_in, b) of the directions it
+may be seen along; the tangent matrix M (gradient or momentum) is a full matrix too.
+"""
+
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+EPS = torch.finfo(torch.float64).eps
+
+
+def projection(G: Tensor, U: Tensor, V: Tensor) -> Tensor:
+    """P(W)G = U U^T G + G V V^T - U U^T G V V^T."""
+    return U @ U.mT @ G + G @ V @ V.mT - U @ U.mT @ G @ V @ V.mT
+
+
+def truncated(W: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The leading `rank` singular triplets of W, without those that are zero to rounding."""
+    P, values, Qt = torch.linalg.svd(W, full_matrices=False)
+    rank = min(rank, int((values > 1e-13 * values[0]).sum())) if values[0] > 0 else 0
+    return P[:, :rank], values[:rank], Qt[:rank].mT
+
+
+def tail_rank(values: Tensor, tail: float) -> int:
+    """Smallest rank whose discarded values have norm <= tail * ||values||."""
+    for rank in range(len(values) + 1):
+        if values[rank:].norm() <= tail * values.norm():
+            return rank
+    raise AssertionError
+
+
+def soft_sign(M: Tensor, soften: float) -> Tensor:
+    """Every singular value t of M becomes t / (t + soften * t_1)."""
+    P, values, Qt = torch.linalg.svd(M, full_matrices=False)
+    if values[0] == 0:
+        return M
+    return P @ torch.diag(values / (values + soften * values[0])) @ Qt
+
+
+@dataclass
+class Plain:
+    """One layer trained by the plain algorithm; see `geolora.GeoLoRA` for the arguments."""
+
+    A: Tensor
+    B: Tensor
+    scale: float
+    name: str
+    lr: float
+    moments: str = "none"
+    momentum: float = 0.9
+    tail: float = 0.1
+    prune_every: int | None = 25
+    settle_after: int | None = None
+    start_rank: int | None = None
+    soften: float = 0.01
+    steps: int = 0
+    M: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.r = self.A.shape[0]
+        self.W = self.scale * self.B @ self.A
+        self.M = torch.zeros_like(self.W)
+        if self.B.abs().max() == 0:
+            self.settled = self.start_rank or self.r
+            self.U = self.W[:, :0]
+            self.V = torch.linalg.qr(self.A[: self.settled].mT)[0]
+        else:
+            self.U, _, self.V = truncated(self.W, self.r)
+            self.settled = self.V.shape[1]
+
+    @property
+    def phase(self) -> str:
+        if self.settle_after is not None and self.steps >= self.settle_after:
+            return "judge" if self.steps == self.settle_after else "hold"
+        if self.prune_every is None:
+            return "hold"
+        at, growing = self.steps % self.prune_every, self.prune_every // 6
+        return "grow" if at < growing else "judge" if at == growing else "hold"
+
+    def step(self, G: Tensor) -> None:
+        phase = self.phase
+        beta = 0.0 if self.moments == "none" else self.momentum
+        self.M = beta * self.M + projection(G, self.U, self.V)
+        move = self.M
+        lr = self.lr
+        if self.moments == "adaptive":
+            move = soft_sign(self.M, self.soften)
+            lr = lr * 1024 / (self.W.shape[0] * self.W.shape[1]) ** 0.5
+        U, values, V = truncated(self.W - lr * move, self.settled if phase == "hold" else self.r)
+        if phase == "judge":
+            self.settled = max(1, tail_rank(values, self.tail))
+            U, values, V = U[:, : self.settled], values[: self.settled], V[:, : self.settled]
+        if len(values):
+            self.U, self.V = U, V
+        else:
+            self.U = self.U[:, :0]
+        self.W = U @ torch.diag(values) @ V.mT
+        self.steps += 1
+        if self.phase == "grow" and self.V.shape[1] < self.r:
+            self.V = torch.cat([self.V, self.probe(self.steps - 1)], dim=1)
+        self.M = projection(self.M, self.U, self.V)
+
+    def probe(self, step: int) -> Tensor:
+        """The random direction of a grow step, orthogonal to V."""
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.name}:{step}".encode()))
+        w = torch.randn(self.V.shape[0], 1, generator=generator, dtype=torch.float64)
+        w = w - self.V @ (self.V.mT @ w)
+        w = w - self.V @ (self.V.mT @ w)
+        return w / w.norm()
+
+
+def trajectory(plain: Plain, gradient: Callable[[Tensor], Tensor], steps: int) -> Iterator[Plain]:
+    """Step, and yield after each."""
+    for _ in range(steps):
+        plain.step(gradient(plain.W))
+        yield plain

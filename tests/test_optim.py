@@ -1,0 +1,501 @@
+"""The optimizer over real PEFT models: equal to the plain reference, and at home in torch."""
+
+import copy
+import io
+import pickle
+import warnings
+
+import pytest
+import reference
+import torch
+from models import OneLayer, backward, lora_net, pairs_of, same, snapshot, train
+from tolerances import bound, difference
+from torch import nn
+
+import geolora
+from geolora.errors import (
+    BudgetError,
+    NonFiniteGradientError,
+    SettingError,
+    SetupError,
+    SkippedStepWarning,
+    StateError,
+)
+from geolora.factors import slot_ranks
+from geolora.kernels.tangent import to_dense
+
+MOMENTS = ["none", "momentum", "adaptive"]
+LR = {"none": 0.2, "momentum": 0.03, "adaptive": 2e-4}
+
+
+def masters(optimizer: geolora.GeoLoRA, group: int = 0) -> dict[str, torch.Tensor]:
+    return optimizer.state[optimizer.param_groups[group]["params"][0]]
+
+
+def products(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: (scale * B @ A).detach() for name, A, B, scale in pairs_of(model)}
+
+
+# ---- equal to the paper ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+@pytest.mark.parametrize("start", ["stock", "general"])
+def test_t1_one_step_of_a_peft_layer_is_w_minus_lr_pg(scale: float, start: str) -> None:
+    """Through autograd, from B = 0 (one-sided, T8) and from any A, B in any gauge (T7)."""
+    layer = OneLayer(r=8, scale=scale)
+    with torch.no_grad():
+        if start == "general":  # rank 4 in 8 rows, so that nothing is cut by the number of slots
+            layer.A[4:], layer.B.data[:, :4] = 0.0, torch.randn(14, 4)
+    W = layer.W
+    G = layer.gradient(W)
+    U = torch.linalg.qr(layer.B[:, :4].detach())[0] if start == "general" else W[:, :0]
+    V = torch.linalg.qr(layer.A[layer.A.any(1)].detach().mT)[0]
+    optimizer = geolora.GeoLoRA(layer.model, lr=0.3, moments="none", tail=0.0, prune_every=1)
+    layer.backward()
+    optimizer.step()
+    assert difference(layer.W, W - 0.3 * reference.projection(G, U, V)) < 1e-12
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+@pytest.mark.parametrize("moments", MOMENTS)
+@pytest.mark.parametrize("cycle", ["cycle", "paper", "fixed", "settle"])
+def test_fast_step_equals_the_plain_reference(moments: str, scale: float, cycle: str) -> None:
+    """50 steps, W and momentum after every one, ranks too."""
+    settings = {
+        "cycle": {"prune_every": 12, "start_rank": 2, "tail": 0.1},
+        "paper": {"prune_every": 1, "start_rank": 1, "tail": 0.05},
+        "fixed": {"prune_every": None, "start_rank": 3},
+        "settle": {"prune_every": 12, "settle_after": 30, "tail": 0.2},
+    }[cycle]
+    layer = OneLayer(r=8, scale=scale)
+    start = layer.A.detach().clone(), layer.B.detach().clone(), scale, layer.name, LR[moments]
+    plain, nudged = (reference.Plain(*start, moments=moments, **settings) for _ in range(2))
+    optimizer = geolora.GeoLoRA(layer.model, lr=LR[moments], moments=moments, **settings)
+    noise = torch.randn(50, 14, 11, generator=torch.Generator().manual_seed(1)).double()
+    limit = 0.0
+    for done in range(1, 51):
+        layer.backward()
+        optimizer.step()
+        G = layer.gradient(nudged.W)
+        plain.step(layer.gradient(plain.W))
+        # What rounding may do is what it does to the plain algorithm itself: a gradient that is
+        # off by bound(dtype) turns directions that are small, and what follows from them.
+        size = bound(torch.float64, 14) * torch.linalg.vector_norm(layer.x) ** 2 / len(layer.x)
+        nudged.step(G + size * noise[done - 1])
+        limit = max(limit, 10 * difference(nudged.W, plain.W))
+        assert limit < 1e-7, "the comparison means something"
+        assert difference(layer.W, plain.W) < limit, f"W after step {done}"
+        state = masters(optimizer)
+        if moments != "none":
+            M = to_dense(*(state[key][0] for key in ("K", "L", "U", "V")))
+            allowed = max(limit, 10 * difference(nudged.M, plain.M))
+            assert difference(M, plain.M) < allowed, f"momentum after step {done}"
+        assert int((state["sigma"] > 0).sum()) == torch.linalg.matrix_rank(plain.W, rtol=1e-12)
+        assert optimizer.settled_ranks() == {"0": plain.settled}
+
+
+@pytest.mark.parametrize("moments", MOMENTS)
+def test_float32_follows_float64(moments: str) -> None:
+    wide, narrow = OneLayer(r=8, scale=1.0), OneLayer(r=8, scale=1.0, dtype=torch.float32)
+    with torch.no_grad():
+        wide.A.copy_(narrow.A)
+        wide.layer.base_layer.weight.copy_(narrow.layer.base_layer.weight)
+    optimizers = [
+        geolora.GeoLoRA(one.model, lr=LR[moments], moments=moments, prune_every=None)
+        for one in (wide, narrow)
+    ]
+    magnified = 100 if moments == "adaptive" else 1
+    for done in range(1, 31):
+        for one, optimizer in zip((wide, narrow), optimizers, strict=True):
+            one.backward()
+            optimizer.step()
+        limit = bound(torch.float32, 14, factor=10 * done * magnified)
+        assert difference(narrow.W, wide.W) < limit
+
+
+def test_orthonormality_does_not_drift() -> None:
+    layer = OneLayer(r=6, scale=1.0, dtype=torch.float32)
+    optimizer = geolora.GeoLoRA(layer.model, lr=1e-4, moments="adaptive", tail=0.0)
+    for _ in range(1500):
+        layer.backward()
+        optimizer.step()
+    for basis in (masters(optimizer)["U"], masters(optimizer)["V"]):
+        gram = basis.mT @ basis
+        active = torch.diag_embed((masters(optimizer)["sigma"] > 0).float())
+        assert (gram - active).abs().max() < bound(torch.float32, 14)
+
+
+def test_t10_matrix_regression_finds_rank_five() -> None:
+    """From ranks 1, 2 and 10, at steps 0.1 and 1 (where a rank-1 tangent space is blind)."""
+    target = torch.randn(20, 5).double() @ torch.randn(5, 20).double()
+    target = target / torch.linalg.matrix_norm(target, 2)
+    for start in (1, 2, 10):
+        for lr in (0.1, 1.0):
+            layer = OneLayer(r=16, scale=1.0, d_out=20, d_in=20)
+            optimizer = geolora.GeoLoRA(
+                layer.model, lr=lr, moments="none", start_rank=start, tail=1e-3
+            )
+            for _ in range(400):
+                layer.model.zero_grad()
+                W = layer.scale * layer.B @ layer.A
+                (0.5 * (W - target).square().sum()).backward()
+                optimizer.step()
+            assert difference(layer.W, target) < 1e-5
+            assert optimizer.settled_ranks() == {"0": 5}
+
+
+def test_max_tangent_norm_bounds_the_joint_norm() -> None:
+    changes = []
+    for limit in (None, 1e-3):
+        torch.manual_seed(0)
+        model = lora_net()
+        before = products(model)
+        optimizer = geolora.GeoLoRA(model, lr=1.0, moments="none", max_tangent_norm=limit)
+        backward(model)
+        optimizer.step()
+        changes.append({name: W - before[name] for name, W in products(model).items()})
+    free, bounded = (torch.stack([c.norm() for c in change.values()]).norm() for change in changes)
+    assert float(free) > 1e-2
+    assert float(bounded) == pytest.approx(1e-3, rel=1e-9)
+    for name, change in changes[0].items():
+        assert difference(changes[1][name] / 1e-3, change / free) < 1e-9
+
+
+# ---- slots and the cycle -----------------------------------------------------------------------
+
+
+def test_start_is_not_written_before_the_first_step_nor_by_lr_zero() -> None:
+    model = lora_net()
+    before = snapshot(model)
+    optimizer = geolora.GeoLoRA(model, lr=0.0, rest_lr=0.0)
+    train(model, optimizer, 3)
+    assert same(snapshot(model), before)
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-3
+    train(model, optimizer, 2)
+    middle = snapshot(model)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    train(model, optimizer, 2)
+    assert same(snapshot(model), middle)
+
+
+def test_momentum_is_gathered_while_lr_is_zero() -> None:
+    """Warm-up from 0: the first written step uses the momentum of the ones before."""
+    warm, cold = (OneLayer(r=4, scale=1.0) for _ in range(2))
+    with torch.no_grad():
+        cold.A.copy_(warm.A)
+        cold.layer.base_layer.weight.copy_(warm.layer.base_layer.weight)
+    optimizer = geolora.GeoLoRA(warm.model, lr=0.0, moments="momentum")
+    for _ in range(2):
+        warm.backward()
+        optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.01
+    warm.backward()
+    optimizer.step()
+    once = geolora.GeoLoRA(cold.model, lr=0.01 * (1 + 0.9 + 0.81), moments="momentum")
+    cold.backward()
+    once.step()
+    assert difference(warm.W, cold.W) < 1e-10
+
+
+def test_trials_are_marked_and_settle() -> None:
+    layer = OneLayer(r=8, scale=1.0)
+    optimizer = geolora.GeoLoRA(
+        layer.model, lr=0.1, moments="none", start_rank=2, prune_every=18, tail=0.0
+    )
+    seen = []
+    for _ in range(6):
+        layer.backward()
+        optimizer.step()
+        seen.append((slot_ranks(layer.A, layer.B), geolora.ranks(layer.model)["0"]))
+    assert [ranks for ranks, _ in seen[:3]] == [(2, 0), (3, 1), (6, 4)]
+    # one-sided from two probes; then B's side doubles but K adds nothing where lr G V is in range(U)
+    assert all(settled == 2 for _, settled in seen[:3]), "not judged yet"
+    assert seen[3] == ((8, 0), 8), "judged"
+
+
+def test_budget_is_kept_over_all_layers() -> None:
+    model = lora_net(r=6)
+    cost = {name: A.shape[1] + B.shape[0] for name, A, B, _ in pairs_of(model)}
+    optimizer = geolora.GeoLoRA(model, lr=1e-3, budget=200, tail=0.0, prune_every=6)
+    train(model, optimizer, 14)
+    ranks = geolora.ranks(model)
+    assert ranks == optimizer.settled_ranks()
+    spent = sum(rank * cost[name] for name, rank in ranks.items())
+    assert 200 - max(cost.values()) < spent <= 200
+    assert optimizer.adapter_parameters() == spent
+    assert min(ranks.values()) >= 1
+
+
+def test_ranks_are_kept_once_settled() -> None:
+    model = lora_net(r=6)
+    optimizer = geolora.GeoLoRA(model, lr=1e-3, tail=0.5, prune_every=6, settle_after=8)
+    train(model, optimizer, 9)
+    settled = geolora.ranks(model)
+    assert 1 <= min(settled.values()) <= max(settled.values()) < 6
+    for _ in range(12):
+        train(model, optimizer, 1)
+        assert geolora.ranks(model) == settled
+        assert all(slot_ranks(A, B)[1] == 0 for _, A, B, _ in pairs_of(model))
+
+
+def test_a_pruned_or_reloaded_model_is_read_again() -> None:
+    layer = OneLayer(r=6, scale=2.0)
+    optimizer = geolora.GeoLoRA(layer.model, lr=0.05, moments="momentum", prune_every=None)
+    for _ in range(5):
+        layer.backward()
+        optimizer.step()
+    kept = geolora.prune(layer.model, tail=0.3)["0"]
+    assert kept < 6
+    W, state = layer.W, masters(optimizer)
+    M = to_dense(*(state[key][0] for key in ("K", "L", "U", "V")))
+    U, _, V = reference.truncated(W, kept)
+    momentum = 0.9 * reference.projection(M, U, V) + reference.projection(layer.gradient(W), U, V)
+    layer.backward()
+    optimizer.step()
+    expected, values, right = reference.truncated(W - 0.05 * momentum, kept)
+    assert difference(layer.W, (expected * values) @ right.mT) < 1e-12
+    assert optimizer.settled_ranks() == {"0": kept}
+
+
+def test_layers_without_a_gradient_stand_still() -> None:
+    model = lora_net()
+    optimizer = geolora.GeoLoRA(model, lr=1e-3, moments="momentum")
+    train(model, optimizer, 3)
+    before = snapshot(model)
+    still = {k: v.clone() for k, v in masters(optimizer).items()}
+    backward(model)
+    skipped = [p for n, p in model.named_parameters() if ".second." in n and p.requires_grad]
+    for p in skipped:
+        p.grad = None
+    optimizer.step()
+    after = snapshot(model)
+    for name in before:
+        moved = not torch.equal(before[name], after[name])
+        assert moved == (("lora_" in name or "modules_to_save" in name) and ".second." not in name)
+    layers = optimizer.param_groups[0]["layers"]
+    for key, value in masters(optimizer).items():
+        assert torch.equal(value[layers.index("second")], still[key][layers.index("second")])
+    train(model, optimizer, 1)
+    assert not torch.equal(snapshot(model)[name := "base_model.model.second.lora_A.default.weight"], after[name])
+
+
+def test_training_lowers_the_loss_and_the_head_is_trained() -> None:
+    for moments in MOMENTS:
+        torch.manual_seed(0)
+        model = lora_net(dtype=torch.float32)
+        head = model.base_model.model.head.modules_to_save["default"].weight.detach().clone()
+        base = model.base_model.model.first.base_layer.weight.detach().clone()
+        optimizer = geolora.GeoLoRA(model, lr={"adaptive": 1e-3}.get(moments, 0.5), moments=moments)
+        losses = train(model, optimizer, 80, dtype=torch.float32)
+        assert losses[-1] < 0.7 * losses[0]
+        assert not torch.equal(head, model.base_model.model.head.modules_to_save["default"].weight)
+        assert torch.equal(base, model.base_model.model.first.base_layer.weight)
+
+
+# ---- at home in torch --------------------------------------------------------------------------
+
+
+def through_bytes(value: object) -> object:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("moments", MOMENTS)
+def test_state_dict_resumes_bit_exactly(moments: str, dtype: torch.dtype) -> None:
+    def build() -> tuple[nn.Module, geolora.GeoLoRA]:
+        torch.manual_seed(0)
+        model = lora_net(dtype=dtype)
+        lr = 3e-4 if moments == "adaptive" else 0.05
+        return model, geolora.GeoLoRA(model, lr=lr, moments=moments, prune_every=6, start_rank=2)
+
+    model, optimizer = build()
+    train(model, optimizer, 8, dtype=dtype)
+    other, resumed = build()
+    other.load_state_dict(copy.deepcopy(model.state_dict()))
+    resumed.load_state_dict(through_bytes(optimizer.state_dict()))
+    wanted = torch.float64 if dtype == torch.float64 else torch.float32
+    for group in range(2):
+        saved, loaded = masters(optimizer, group), masters(resumed, group)
+        assert saved.keys() == loaded.keys()
+        assert all(torch.equal(saved[k], loaded[k]) and loaded[k].dtype == wanted for k in saved)
+    for _ in range(7):
+        assert train(model, optimizer, 1, dtype=dtype) == train(other, resumed, 1, dtype=dtype)
+        assert same(snapshot(model), snapshot(other))
+    assert optimizer.settled_ranks() == resumed.settled_ranks()
+
+
+@pytest.mark.parametrize("copier", ["deepcopy", "pickle"])
+def test_copies_go_on_alike(copier: str) -> None:
+    model = lora_net()
+    optimizer = geolora.GeoLoRA(model, lr=1e-3)
+    train(model, optimizer, 4)
+    both = (model, optimizer)
+    other, twin = copy.deepcopy(both) if copier == "deepcopy" else pickle.loads(pickle.dumps(both))
+    assert isinstance(twin, geolora.GeoLoRA)
+    train(model, optimizer, 4)
+    train(other, twin, 4)
+    assert same(snapshot(model), snapshot(other))
+
+
+def test_schedulers_and_extra_groups() -> None:
+    model = lora_net()
+    extra = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = geolora.GeoLoRA(model, lr=1e-3, rest_lr=1e-2)
+    optimizer.add_param_group({"params": [extra]})
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    backward(model)
+    extra.grad = torch.ones_like(extra)
+    optimizer.step()
+    scheduler.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [5e-4, 5e-4, 5e-3, 5e-4]
+    assert bool((extra < 1).all())
+
+
+def test_the_rest_is_torchs_adamw() -> None:
+    model = lora_net()
+    twin = copy.deepcopy(model)
+    head = [p for n, p in twin.named_parameters() if "modules_to_save" in n]
+    optimizer = geolora.GeoLoRA(model, lr=0.0, rest_lr=1e-2)
+    adamw = torch.optim.AdamW(head, lr=1e-2, weight_decay=0.0)
+    for _ in range(5):
+        backward(model)
+        optimizer.step()
+        backward(twin)
+        adamw.step()
+    assert same(snapshot(model), snapshot(twin))
+
+
+def test_grad_scaler_skips_overflow() -> None:
+    model = lora_net(dtype=torch.float32)
+    optimizer = geolora.GeoLoRA(model, lr=1e-3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4)
+    for overflow in (False, True, False):
+        before = snapshot(model)
+        backward(model, torch.float32)
+        for p in model.parameters():
+            if p.grad is not None:
+                p.grad.mul_(float("inf") if overflow else scaler.get_scale())
+        scaler.scale(torch.zeros(()))
+        scaler.step(optimizer)
+        scaler.update()
+        assert same(snapshot(model), before) == overflow
+
+
+def test_optimizer_state_is_at_most_one_and_a_half_times_adamws() -> None:
+    model = lora_net(dtype=torch.float32)
+    pairs = [p for _, A, B, _ in pairs_of(model) for p in (A, B)]
+    optimizer, adamw = geolora.GeoLoRA(model), torch.optim.AdamW(pairs)
+    backward(model, torch.float32)
+    optimizer.step()
+    adamw.step()
+    paired = {id(p) for p in pairs}
+
+    def size(optimizer: torch.optim.Optimizer) -> int:
+        tensors = [
+            t for p, s in optimizer.state.items() if id(p) in paired
+            for t in s.values() if isinstance(t, torch.Tensor)
+        ]  # fmt: skip
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    assert 0 < size(optimizer) <= 1.5 * size(adamw)
+
+
+# ---- refusals ----------------------------------------------------------------------------------
+
+
+def test_a_gradient_that_is_not_finite_skips_everything() -> None:
+    model = lora_net()
+    optimizer = geolora.GeoLoRA(model, lr=1e-3)
+    train(model, optimizer, 2)
+    before, steps = snapshot(model), optimizer.param_groups[0]["steps"]
+    with pytest.warns(SkippedStepWarning, match="down"):
+        backward(model)
+        model.base_model.model.down.lora_A["default"].weight.grad[0, 0] = float("nan")
+        optimizer.step()
+    assert same(snapshot(model), before)
+    assert optimizer.param_groups[0]["steps"] == steps
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SkippedStepWarning)
+        for _ in range(18):
+            optimizer.step()
+        with pytest.raises(NonFiniteGradientError, match="20 steps in a row.*down"):
+            optimizer.step()
+    train(model, optimizer, 1)
+    assert not same(snapshot(model), before)
+
+
+def test_closures_are_refused() -> None:
+    optimizer = geolora.GeoLoRA(lora_net())
+    with pytest.raises(SetupError, match="closures"):
+        optimizer.step(lambda: 0.0)
+
+
+def test_partitioned_factors_are_refused() -> None:
+    model = lora_net()
+    model.base_model.model.first.lora_A["default"].weight.ds_shape = (4, 12)
+    with pytest.raises(SetupError, match="`first`.*ZeRO.*DDP"):
+        geolora.GeoLoRA(model)
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"lr": -1.0}, "`lr`.*-1.0"),
+        ({"lr": float("nan")}, "`lr`.*nan"),
+        ({"rest_lr": -1.0}, "`rest_lr`"),
+        ({"moments": "adam"}, "`moments`.*adaptive.*'adam'"),
+        ({"momentum": 1.0}, "`momentum`"),
+        ({"tail": 1.0}, "`tail`.*1.0"),
+        ({"prune_every": 0}, "`prune_every`"),
+        ({"start_rank": 0}, "`start_rank`"),
+        ({"start_rank": 5}, "`start_rank`.*5.*r=4"),
+        ({"max_tangent_norm": 0.0}, "`max_tangent_norm`"),
+        ({"adapter_name": "other"}, "`adapter_name`.*default.*'other'"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings: dict, words: str) -> None:
+    with pytest.raises(SettingError, match=words):
+        geolora.GeoLoRA(lora_net(), **settings)
+
+
+def test_a_budget_below_one_direction_per_layer_is_refused() -> None:
+    least = 24 + 24 + 22
+    geolora.GeoLoRA(lora_net(), budget=least)
+    with pytest.raises(BudgetError, match=f"`budget`.*{least}.*got {least - 1}"):
+        geolora.GeoLoRA(lora_net(), budget=least - 1)
+
+
+def test_a_state_of_another_model_is_refused_and_changes_nothing() -> None:
+    model = lora_net()
+    optimizer = geolora.GeoLoRA(model, lr=1e-3)
+    train(model, optimizer, 2)
+    before = copy.deepcopy(optimizer.state_dict())
+    fewer = geolora.GeoLoRA(lora_net(target_modules=["first"]))
+    with pytest.raises(StateError, match="same layers; got 1 pairs, expected 3"):
+        optimizer.load_state_dict(fewer.state_dict())
+    other = lora_net(r=2)
+    wider = geolora.GeoLoRA(other)
+    train(other, wider, 1)
+    with pytest.raises(StateError, match=r"`U` must be \(2, 12, 4\).*\(2, 12, 2\)"):
+        optimizer.load_state_dict(wider.state_dict())
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    for key, values in before["state"].items():
+        assert all(torch.equal(value, after["state"][key][name]) for name, value in values.items())
+
+
+def test_import_is_light_and_step_has_no_side_effect_on_gradients() -> None:
+    model = lora_net()
+    optimizer = geolora.GeoLoRA(model)
+    backward(model)
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    optimizer.step()
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            assert torch.equal(p.grad, grads[name])
