@@ -52,12 +52,16 @@ def backward(model: nn.Module, dtype: torch.dtype = torch.float64) -> float:
     """Fresh gradients of the cross-entropy on one fixed batch."""
     x, labels = batch(dtype)
     model.zero_grad()
-    loss = nn.functional.cross_entropy(model(x).float() if dtype != torch.float64 else model(x), labels)
+    loss = nn.functional.cross_entropy(
+        model(x).float() if dtype != torch.float64 else model(x), labels
+    )
     loss.backward()
     return float(loss.detach())
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, **kwargs: Any) -> list[float]:
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, **kwargs: Any
+) -> list[float]:
     losses = []
     for _ in range(steps):
         losses.append(backward(model, **kwargs))
@@ -69,7 +73,12 @@ class OneLayer:
     """A single PEFT linear layer with loss ½||X (W0 + W) - T||² / n, whose G is known in closed form."""
 
     def __init__(
-        self, r: int, scale: float, d_out: int = 14, d_in: int = 11, dtype: torch.dtype = torch.float64
+        self,
+        r: int,
+        scale: float,
+        d_out: int = 14,
+        d_in: int = 11,
+        dtype: torch.dtype = torch.float64,
     ) -> None:
         generator = torch.Generator().manual_seed(3)
         base = nn.Sequential(nn.Linear(d_in, d_out, bias=False)).to(dtype)
@@ -114,3 +123,65 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 
 
 Build = Callable[..., Any]
+
+
+WORDS = [
+    "the",
+    "a",
+    "good",
+    "fine",
+    "great",
+    "bad",
+    "poor",
+    "awful",
+    "film",
+    "plot",
+    "actor",
+    "music",
+    "is",
+    "was",
+    "very",
+    "not",
+    "and",
+]
+
+
+def tiny_bert(folder: Any) -> Any:
+    """A BERT of width 32 with its tokenizer, saved as a model folder."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
+        sep_token="[SEP]", model_max_length=64,
+    ).save_pretrained(folder)  # fmt: skip
+    config = BertConfig(
+        vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=48, max_position_embeddings=64,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+def reviews(rows: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Made-up reviews whose label is what their adjectives say."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def pick(words: list[str]) -> str:
+        return words[int(torch.randint(len(words), (1,), generator=generator))]
+
+    result = []
+    for _ in range(rows):
+        label = pick(["good", "bad"])
+        adjectives = WORDS[2:5] if label == "good" else WORDS[5:8]
+        text = f"the {pick(WORDS[8:12])} was {pick(['very', 'not', 'a'])} {pick(adjectives)}"
+        other = f"{pick(WORDS[8:12])} is {pick(adjectives)}"
+        result.append(
+            {"text": text, "other": other, "label": label, "score": float(label == "good")}
+        )
+    return result

@@ -90,7 +90,7 @@ class Plain:
         lr = self.lr
         if self.moments == "adaptive":
             move = soft_sign(self.M, self.soften)
-            lr = lr * 1024 / (self.W.shape[0] * self.W.shape[1]) ** 0.5
+            lr = lr * (1024 / (self.W.shape[0] * self.W.shape[1]) ** 0.5) ** 0.5
         U, values, V = truncated(self.W - lr * move, self.settled if phase == "hold" else self.r)
         if phase == "judge":
             self.settled = max(1, tail_rank(values, self.tail))

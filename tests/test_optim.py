@@ -6,13 +6,11 @@ import pickle
 import warnings
 
 import pytest
-import reference
 import torch
-from models import OneLayer, backward, lora_net, pairs_of, same, snapshot, train
-from tolerances import bound, difference
 from torch import nn
 
 import geolora
+import reference
 from geolora.errors import (
     BudgetError,
     NonFiniteGradientError,
@@ -23,9 +21,12 @@ from geolora.errors import (
 )
 from geolora.factors import slot_ranks
 from geolora.kernels.tangent import to_dense
+from models import OneLayer, backward, lora_net, pairs_of, same, snapshot, train
+from tolerances import bound, difference
 
+EPS = torch.finfo(torch.float64).eps
 MOMENTS = ["none", "momentum", "adaptive"]
-LR = {"none": 0.2, "momentum": 0.03, "adaptive": 2e-4}
+LR = {"none": 0.2, "momentum": 0.03, "adaptive": 2e-3}
 
 
 def masters(optimizer: geolora.GeoLoRA, group: int = 0) -> dict[str, torch.Tensor]:
@@ -79,17 +80,16 @@ def test_fast_step_equals_the_plain_reference(moments: str, scale: float, cycle:
         optimizer.step()
         G = layer.gradient(nudged.W)
         plain.step(layer.gradient(plain.W))
-        # What rounding may do is what it does to the plain algorithm itself: a gradient that is
-        # off by bound(dtype) turns directions that are small, and what follows from them.
-        size = bound(torch.float64, 14) * torch.linalg.vector_norm(layer.x) ** 2 / len(layer.x)
-        nudged.step(G + size * noise[done - 1])
-        limit = max(limit, 10 * difference(nudged.W, plain.W))
+        # What rounding may do is what it does to the plain algorithm itself: rounding in the
+        # gradient turns directions that are small, and what follows from them.
+        nudged.step(G + 4 * EPS * G.abs().max() * noise[done - 1])
+        limit = max(limit, 20 * difference(nudged.W, plain.W), done * bound(torch.float64, 14))
         assert limit < 1e-7, "the comparison means something"
         assert difference(layer.W, plain.W) < limit, f"W after step {done}"
         state = masters(optimizer)
         if moments != "none":
             M = to_dense(*(state[key][0] for key in ("K", "L", "U", "V")))
-            allowed = max(limit, 10 * difference(nudged.M, plain.M))
+            allowed = max(limit, 20 * difference(nudged.M, plain.M))
             assert difference(M, plain.M) < allowed, f"momentum after step {done}"
         assert int((state["sigma"] > 0).sum()) == torch.linalg.matrix_rank(plain.W, rtol=1e-12)
         assert optimizer.settled_ranks() == {"0": plain.settled}
@@ -116,7 +116,7 @@ def test_float32_follows_float64(moments: str) -> None:
 
 def test_orthonormality_does_not_drift() -> None:
     layer = OneLayer(r=6, scale=1.0, dtype=torch.float32)
-    optimizer = geolora.GeoLoRA(layer.model, lr=1e-4, moments="adaptive", tail=0.0)
+    optimizer = geolora.GeoLoRA(layer.model, lr=1e-3, moments="adaptive", tail=0.0)
     for _ in range(1500):
         layer.backward()
         optimizer.step()
@@ -279,7 +279,8 @@ def test_layers_without_a_gradient_stand_still() -> None:
     for key, value in masters(optimizer).items():
         assert torch.equal(value[layers.index("second")], still[key][layers.index("second")])
     train(model, optimizer, 1)
-    assert not torch.equal(snapshot(model)[name := "base_model.model.second.lora_A.default.weight"], after[name])
+    name = "base_model.model.second.lora_A.default.weight"
+    assert not torch.equal(snapshot(model)[name], after[name])
 
 
 def test_training_lowers_the_loss_and_the_head_is_trained() -> None:
@@ -288,7 +289,7 @@ def test_training_lowers_the_loss_and_the_head_is_trained() -> None:
         model = lora_net(dtype=torch.float32)
         head = model.base_model.model.head.modules_to_save["default"].weight.detach().clone()
         base = model.base_model.model.first.base_layer.weight.detach().clone()
-        optimizer = geolora.GeoLoRA(model, lr={"adaptive": 1e-3}.get(moments, 0.5), moments=moments)
+        optimizer = geolora.GeoLoRA(model, lr={"adaptive": 8e-3}.get(moments, 0.5), moments=moments)
         losses = train(model, optimizer, 80, dtype=torch.float32)
         assert losses[-1] < 0.7 * losses[0]
         assert not torch.equal(head, model.base_model.model.head.modules_to_save["default"].weight)
@@ -414,9 +415,9 @@ def test_a_gradient_that_is_not_finite_skips_everything() -> None:
     optimizer = geolora.GeoLoRA(model, lr=1e-3)
     train(model, optimizer, 2)
     before, steps = snapshot(model), optimizer.param_groups[0]["steps"]
+    backward(model)
+    model.base_model.model.down.lora_A["default"].weight.grad[0, 0] = float("nan")
     with pytest.warns(SkippedStepWarning, match="down"):
-        backward(model)
-        model.base_model.model.down.lora_A["default"].weight.grad[0, 0] = float("nan")
         optimizer.step()
     assert same(snapshot(model), before)
     assert optimizer.param_groups[0]["steps"] == steps

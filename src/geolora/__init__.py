@@ -12,10 +12,10 @@ _HOME = {
     "GeoLoRA": "geolora.optim",
     "export": "geolora.adapter",
     "for_trainer": "geolora.trainer",
-    "inspect": "geolora.adapter",
+    "inspect": "geolora.saved",
     "prune": "geolora.adapter",
     "ranks": "geolora.adapter",
-    "verify": "geolora.adapter",
+    "verify": "geolora.saved",
 }
 
 __all__ = sorted(_HOME)

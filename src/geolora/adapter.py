@@ -1,25 +1,23 @@
-"""Adapters as files: export, verify, inspect, prune, ranks. With `pairs.py` all that knows PEFT.
+"""What a model holds, and an adapter written from it: ranks, prune, export.
 
 What is written is an ordinary PEFT LoRA adapter. The default layout is uniform (one rank, alpha =
 rank, no patterns, scale folded into the factors), the only form every server reads right.
 """
 
 import copy
-import json
 import re
 import warnings
 import zlib
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from geolora.errors import AdapterError, GeoloraWarning, SettingError, VerificationError
+from geolora.errors import AdapterError, GeoloraWarning, SettingError
 from geolora.factors import read_pair, slot_ranks, to_pair
-from geolora.kernels.truncate import rank_by_tail, settled_ranks
+from geolora.kernels.truncate import settled_ranks
 from geolora.pairs import PREFIX, Pair, check_budget, find_pairs
 
 WEIGHTS = "adapter_model.safetensors"
@@ -57,19 +55,6 @@ class Export:
         return self.layout == "uniform" and not self.others
 
 
-@dataclass(frozen=True)
-class LayerReport:
-    """A row of `inspect`."""
-
-    layer: str
-    d_out: int
-    d_in: int
-    rank: int
-    sigma: list[float]
-    tail_rank: int
-    share_of_tail: float
-
-
 def ranks(model: nn.Module, adapter_name: str | None = None) -> dict[str, int]:
     """{layer: settled rank}: active slots, without those that have not been judged yet.
 
@@ -87,7 +72,7 @@ def ranks(model: nn.Module, adapter_name: str | None = None) -> dict[str, int]:
 @torch.no_grad()
 def prune(
     model: nn.Module,
-    tail: float = 0.1,
+    tail: float = 0.25,
     budget: int | None = None,
     adapter_name: str | None = None,
 ) -> dict[str, int]:
@@ -178,7 +163,8 @@ def export(
     pairs = find_pairs(model, adapter_name)
     adapter_name = adapter_name or model.active_adapter
     _check_rank(pairs, layout, rank)
-    points, trials = _settled_points(pairs)
+    points, settled = _points(pairs)
+    trials = sum(sigma.numel() - settled[name] for name, (_, sigma, _) in points.items())
     if trials:
         warnings.warn(
             f"export: {trials} directions that were never judged are left out. Export after a "
@@ -186,10 +172,7 @@ def export(
             GeoloraWarning,
             stacklevel=2,
         )
-    kept = {
-        name: min(sigma.numel(), rank) if rank else sigma.numel()
-        for name, (_, sigma, _) in points.items()
-    }
+    kept = {name: min(count, rank) if rank else count for name, count in settled.items()}
     width = rank or max(1, *kept.values())
     widths = {name: width if layout == "uniform" else max(1, k) for name, k in kept.items()}
 
@@ -197,14 +180,12 @@ def export(
     exported, probes = 0, {}
     for pair in pairs:
         A, B = _padded_pair(points[pair.name], kept[pair.name], widths[pair.name], pair)
+        A, B = A.to(pair.A.dtype), B.to(pair.B.dtype)
         probes |= _probes_of(pair, A, B)
-        for key, value in (("lora_A", A), ("lora_B", B)):
-            full = f"{PREFIX}{pair.name}.{key}.weight"
-            like = tensors[full]
-            tensors[full] = value.to(like.dtype).view(-1, *like.shape[1:]) if key == "lora_A" else (
-                value.to(like.dtype).view(like.shape[0], -1, *like.shape[2:])
-            )
-            exported += tensors[full].numel()
+        kernel = pair.A.shape[1:], pair.B.shape[2:]
+        tensors[f"{PREFIX}{pair.name}.lora_A.weight"] = A.view(-1, *kernel[0])
+        tensors[f"{PREFIX}{pair.name}.lora_B.weight"] = B.view(*B.shape, *kernel[1])
+        exported += A.numel() + B.numel()
     others = sorted(key for key in tensors if ".lora_A." not in key and ".lora_B." not in key)
 
     folder = Path(path)
@@ -228,139 +209,21 @@ def export(
     )
 
 
-@torch.no_grad()
-def verify(path: str | Path, base: nn.Module | str | Path | None = None) -> dict[str, float]:
-    """Check a saved adapter: stock peft's delta W times the probes that export wrote beside it.
-
-    Args:
-        path: folder written by `export`.
-        base: the base model, fresh, or where to load it from; None for the name in the adapter.
-            A module is given back unchanged.
-
-    Returns:
-        {layer: max|dW x - expected| / max|expected|}, where expected is zero the absolute error.
-
-    Raises:
-        VerificationError: a layer is missing, superfluous or computes something else.
-        AdapterError: no adapter, or no probes, in the folder.
-    """
-    from peft import PeftModel
-    from safetensors.torch import load_file
-
-    folder = Path(path)
-    _demand_adapter(folder)
-    if not (folder / PROBES).is_file():
-        raise AdapterError(
-            f"verify: `path` must hold {PROBES}; {folder} does not. Write it with geolora.export."
-        )
-    probes = load_file(folder / PROBES)
-    if base is None or isinstance(base, str | Path):
-        base = load_base(folder, base)
-    loaded = PeftModel.from_pretrained(base, str(folder))
-    try:
-        errors = _probe_errors(loaded, probes)
-    finally:
-        loaded.unload()
-    return errors
-
-
-def inspect(path: str | Path, tail: float = 0.1) -> list[LayerReport]:
-    """Rank and singular values of every layer of a saved LoRA adapter, geolora's or not.
-
-    Args:
-        path: a PEFT adapter folder; the base model is not needed.
-        tail: the tail for which `tail_rank` and `share_of_tail` are given.
-
-    Returns:
-        One row per layer: its numerical rank, singular values of s B A in descending order, the
-        rank needed for the given tail, and ||what that would drop|| / ||sigma||.
-    """
-    from safetensors.torch import load_file
-
-    folder = Path(path)
-    _demand_adapter(folder)
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    tensors = load_file(folder / WEIGHTS)
-    rows = []
-    for key in tensors:
-        if not key.endswith(".lora_A.weight"):
-            continue
-        name = key.removesuffix(".lora_A.weight").removeprefix(PREFIX)
-        A = tensors[key].flatten(1)
-        B = tensors[key.replace(".lora_A.", ".lora_B.")].flatten(1)
-        sigma = read_pair(A, B, _saved_scale(config, name)).sigma
-        sigma = sigma[sigma > 0]
-        rank = int(rank_by_tail(sigma, tail)) if sigma.numel() else 0
-        size = float(torch.linalg.vector_norm(sigma))
-        share = float(torch.linalg.vector_norm(sigma[rank:])) / size if size else 0.0
-        shape = (B.shape[0], A.shape[1])
-        rows.append(LayerReport(name, *shape, sigma.numel(), sigma.tolist(), rank, share))
-    if not rows:
-        raise AdapterError(f"inspect: `path` must hold LoRA pairs; {folder} has none.")
-    return rows
-
-
-def load_adapter(path: str | Path, base: str | Path | None = None) -> Any:
-    """A saved LoRA adapter over its base model, as a PeftModel.
-
-    Raises:
-        AdapterError: no adapter in the folder, or a base model that cannot be loaded.
-    """
-    from peft import PeftModel
-
-    folder = Path(path)
-    _demand_adapter(folder)
-    return PeftModel.from_pretrained(load_base(folder, base), str(folder))
-
-
-def load_base(folder: Path, base: str | Path | None = None) -> nn.Module:
-    """The base model an adapter folder belongs to, loaded with `transformers`."""
-    import transformers
-    from safetensors.torch import load_file
-
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    name = str(base or config.get("base_model_name_or_path") or "")
-    if not name:
-        raise AdapterError(
-            f"geolora: {folder / CONFIG} names no base model. Say which one with `base`."
-        )
-    kinds = {"SEQ_CLS": "AutoModelForSequenceClassification", "CAUSAL_LM": "AutoModelForCausalLM"}
-    auto = getattr(transformers, kinds.get(config.get("task_type") or "", "AutoModel"))
-    options = {}
-    if config.get("task_type") == "SEQ_CLS":
-        heads = [
-            value.shape[0]
-            for key, value in load_file(folder / WEIGHTS).items()
-            if value.dim() == 2 and re.search(r"(classifier|score)(\.out_proj)?\.weight$", key)
-        ]
-        options = {"num_labels": heads[-1]} if heads else {}
-    logging = transformers.utils.logging
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # the head comes with the adapter
-    logging.disable_progress_bar()
-    try:
-        return auto.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise AdapterError(f"geolora: base model `{name}` cannot be loaded: {first}") from error
-    finally:
-        logging.set_verbosity(level)
-
-
 # ---- reading ------------------------------------------------------------------------------------
 
 
-def _settled_points(pairs: list[Pair]) -> tuple[dict[str, tuple[Tensor, Tensor, Tensor]], int]:
-    """{layer: (U, sigma, V)} of the settled directions, float64; and how many trials were left."""
-    points, trials = {}, 0
+def _points(
+    pairs: list[Pair],
+) -> tuple[dict[str, tuple[Tensor, Tensor, Tensor]], dict[str, int]]:
+    """{layer: (U, sigma, V)} of all active directions, float64; and how many were judged."""
+    points, settled = {}, {}
     for pair in pairs:
         A, B = pair.A.flatten(1), pair.B.flatten(1)
         reading = read_pair(A, B, pair.scale)
-        on_trial = slot_ranks(A, B)[1]
-        rank = int((reading.sigma > 0).sum()) - on_trial
-        trials += on_trial
+        rank = int((reading.sigma > 0).sum())
         points[pair.name] = (reading.U[:, :rank], reading.sigma[:rank], reading.V[:, :rank])
-    return points, trials
+        settled[pair.name] = rank - slot_ranks(A, B)[1]
+    return points, settled
 
 
 def _padded_pair(
@@ -376,44 +239,11 @@ def _padded_pair(
 
 
 def _probes_of(pair: Pair, A: Tensor, B: Tensor) -> dict[str, Tensor]:
+    """Inputs x and W x for the factors as they stand in the file, float32."""
     generator = torch.Generator().manual_seed(zlib.crc32(pair.name.encode()))
     x = torch.randn(pair.d_in, PROBE_COUNT, generator=generator, dtype=torch.float64)
-    y = B.cpu() @ (A.cpu() @ x)
+    y = B.cpu().double() @ (A.cpu().double() @ x)
     return {f"{pair.name}.x": x.float(), f"{pair.name}.y": y.float()}
-
-
-def _probe_errors(loaded: nn.Module, probes: Mapping[str, Tensor]) -> dict[str, float]:
-    from peft.tuners.lora import LoraLayer
-
-    layers = {
-        name.removeprefix(PREFIX): module
-        for name, module in loaded.named_modules()
-        if isinstance(module, LoraLayer)
-    }
-    expected = {key.removesuffix(".x") for key in probes if key.endswith(".x")}
-    if wrong := sorted(set(layers) ^ expected):
-        raise VerificationError(
-            f"verify: the adapter and its probes must have the same layers; {wrong[0]} is only in "
-            f"{'the adapter' if wrong[0] in layers else 'the probes'}."
-        )
-    errors = {}
-    for name, layer in layers.items():
-        x, y = probes[f"{name}.x"], probes[f"{name}.y"]
-        delta = layer.get_delta_weight("default").detach().cpu()
-        if getattr(layer, "fan_in_fan_out", False):
-            delta = delta.mT
-        got = delta.flatten(1).double() @ x.double()
-        size = float(y.abs().max())
-        errors[name] = float((got - y).abs().max()) / (size or 1.0)
-        stored = next(iter(layer.lora_A.values())).weight.dtype
-        bound = 100 * max(torch.finfo(stored).eps, torch.finfo(torch.float32).eps)
-        if not errors[name] <= bound:
-            raise VerificationError(
-                f"verify: layer `{name}` must compute what was trained; relative error "
-                f"{errors[name]:.2e}, allowed {bound:.0e}. The file was changed or a patterned "
-                "rank or alpha was not applied; export it again."
-            )
-    return errors
 
 
 # ---- writing ------------------------------------------------------------------------------------
@@ -462,28 +292,3 @@ def _target_modules(model: Any, pairs: list[Pair]) -> list[str]:
         if name.rpartition(".")[2] in leaves and name not in names and not inside:
             return sorted(names)
     return sorted(leaves)
-
-
-def _saved_scale(config: dict[str, Any], name: str) -> float:
-    """s of a layer as peft computes it on load."""
-    from peft.utils.other import get_pattern_key
-
-    def of(pattern: str, default: float) -> float:
-        table = config.get(pattern) or {}
-        return table.get(get_pattern_key(table.keys(), name), default)
-
-    r, alpha = of("rank_pattern", config["r"]), of("alpha_pattern", config["lora_alpha"])
-    return alpha / (r**0.5 if config.get("use_rslora") else r)
-
-
-def _demand_adapter(folder: Path) -> None:
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise AdapterError(
-                f"geolora: `path` must be a PEFT adapter folder; {folder} has no {name}."
-            )
-
-
-def as_rows(reports: list[LayerReport]) -> list[dict[str, Any]]:
-    """Plain dicts of `inspect`'s rows, for JSON."""
-    return [asdict(report) for report in reports]

@@ -89,12 +89,12 @@ def read_pair(A: Tensor, B: Tensor, scale: float, start_rank: int | None = None)
     row_index, column_index = rows.nonzero().flatten(), columns.nonzero().flatten()
     Qv, to_Qv = _range(A[row_index].mT)  # (d_in, a), (rows, a): A^T @ to_Qv = Qv
     Qu, to_Qu = _range(B[:, column_index])  # (d_out, b), (columns, b)
-    core = scale * (Qu.mT @ B) @ (A @ Qv)  # (b, a)
-    P, values, Qt = torch.linalg.svd(core, full_matrices=True)
-    k = 0
-    if values.numel():
-        tolerance = max(core.shape) * torch.finfo(torch.float64).eps
-        k = int((values > tolerance * values[0]).sum()) if values[0] > 0 else 0
+    active = rows & columns
+    on_B, on_A = Qu.mT @ B[:, active], A[active] @ Qv  # (b, n), (n, a)
+    P, values, Qt = torch.linalg.svd(scale * on_B @ on_A, full_matrices=True)  # of (b, a)
+    # rounding is relative to the factors: a product that cancels is zero
+    rounding = max(r, 2) * torch.finfo(torch.float64).eps
+    k = int((values > rounding * scale * on_B.norm() * on_A.norm()).sum())
 
     a, b = Qv.shape[1], Qu.shape[1]
     # right slots 0..a-1 (active, then probes); left slots 0..k-1, then after the right probes

@@ -10,15 +10,23 @@ state of its first parameter. Everything that must survive a checkpoint is in `s
 
 import math
 import warnings
-import zlib
-from collections import defaultdict
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from geolora.buckets import (
+    by_shape,
+    fingerprints,
+    make_masters,
+    new_group,
+    pairs_of,
+    phase_of,
+    scales_of,
+    stacked_gradients,
+    with_probes,
+)
 from geolora.errors import (
     NonFiniteGradientError,
     SettingError,
@@ -33,7 +41,6 @@ from geolora.kernels.tangent import norm, transport
 from geolora.kernels.truncate import settled_ranks
 from geolora.methods import geolora as method
 from geolora.pairs import (
-    Pair,
     check_budget,
     find_pairs,
     refuse_frozen,
@@ -42,9 +49,9 @@ from geolora.pairs import (
 )
 
 MOMENTS = ("adaptive", "momentum", "none")
-DEFAULT_LR = {"adaptive": 3e-3, "momentum": 1e-2, "none": 1e-1}
+DEFAULT_LR = {"adaptive": 8e-3, "momentum": 1e-2, "none": 1e-1}
 REFERENCE_WIDTH = 1024.0
-"""sqrt(d_out * d_in) of the layer whose adaptive step has spectral norm lr; others scale by 1/width."""
+"""sqrt(d_out * d_in) of a layer whose adaptive step has spectral norm lr; else sqrt(1024 / it)."""
 SOFTEN = 0.01
 SKIPS_ALLOWED = 20
 
@@ -68,7 +75,7 @@ class GeoLoRA(torch.optim.Optimizer):
             embeddings) is trained by AdamW.
         lr: step size; None takes a default per `moments`. Unit for "none" and "momentum": change
             of W per unit of gradient, whatever lora_alpha. For "adaptive": spectral norm of the
-            change of a layer with sqrt(d_out * d_in) = 1024; others move by 1024 / width as much.
+            change of a layer of width sqrt(d_out * d_in) = 1024, times sqrt(1024 / width) elsewhere.
         rest_lr: step size of AdamW for everything else that is trainable.
         moments: "adaptive" (provisional: momentum, then every direction moves at a like speed),
             "momentum" (heavy ball, carried to each new tangent space) or "none" (the paper's step).
@@ -111,7 +118,7 @@ class GeoLoRA(torch.optim.Optimizer):
         moments: str = "adaptive",
         momentum: float = 0.9,
         start_rank: int | None = None,
-        tail: float = 0.1,
+        tail: float = 0.25,
         prune_every: int | None = 25,
         settle_after: int | None = None,
         budget: int | None = None,
@@ -149,7 +156,7 @@ class GeoLoRA(torch.optim.Optimizer):
             "budget": budget,
             "max_tangent_norm": max_tangent_norm,
         }
-        groups = [_bucket(bucket, settings) for bucket in _by_shape(pairs)]
+        groups = [new_group(bucket, settings) for bucket in by_shape(pairs)]
         paired = {id(p) for group in groups for p in group["params"]}
         rest = [p for p in model.parameters() if p.requires_grad and id(p) not in paired]
         if rest:
@@ -210,18 +217,16 @@ class GeoLoRA(torch.optim.Optimizer):
 
     def _read(self, index: int, group: dict[str, Any]) -> "_Move | None":
         """Masters, tangent gradient and momentum of a bucket; None where no pair has a gradient."""
-        live = [
-            A.grad is not None and B.grad is not None for A, B in _pairs_of(group["params"])
-        ]
+        live = [A.grad is not None and B.grad is not None for A, B in pairs_of(group["params"])]
         if not any(live):
             return None
         lead = group["params"][0]
         state = self.state[lead]
         if not state:
             refuse_sharded(group["layers"][0], *group["params"])
-            _make_masters(state, group)
+            make_masters(state, group)
         right, left = self._maps(index, group, state)
-        grad_A, grad_B = _stacked_gradients(group["params"], state["U"].dtype)
+        grad_A, grad_B = stacked_gradients(group["params"], state["U"].dtype)
         if right.dim() == 2:
             K, L = grad_B * right.unsqueeze(-2), grad_A.mT * left.unsqueeze(-2)
         else:
@@ -229,24 +234,29 @@ class GeoLoRA(torch.optim.Optimizer):
         point = method.Point(state["U"], state["sigma"], state["V"])
         return _Move(index, group, live, point, K, L, point, written=False)
 
-    def _maps(self, index: int, group: dict[str, Any], state: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def _maps(
+        self, index: int, group: dict[str, Any], state: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
         """What turns factor gradients into K and L: numbers per slot (n, r), or matrices (n, r, r).
 
         Where A or B are no longer what we wrote (a reload, an initialiser, `prune`), the masters of
         those pairs are read from them again and their momentum is carried over.
         """
         settled = torch.tensor(group["ranks"], device=state["sigma"].device)
-        scale = _scales(group, state["sigma"])
+        scale = scales_of(group, state["sigma"])
         right, left = balanced_maps(state["sigma"], scale, settled)
-        if self._seen.get(index) == _fingerprints(group["params"]):
+        if self._seen.get(index) == fingerprints(group["params"]):
             return right, left
         A, B = to_pair(state["U"], state["sigma"], state["V"], scale, settled)
         stale = [
             i
-            for i, (a, b) in enumerate(_pairs_of(group["params"]))
-            if not (torch.equal(A[i].to(a.dtype), a.flatten(1)) and torch.equal(B[i].to(b.dtype), b.flatten(1)))
+            for i, (a, b) in enumerate(pairs_of(group["params"]))
+            if not (
+                torch.equal(A[i].to(a.dtype), a.flatten(1))
+                and torch.equal(B[i].to(b.dtype), b.flatten(1))
+            )
         ]
-        self._seen[index] = _fingerprints(group["params"])
+        self._seen[index] = fingerprints(group["params"])
         if not stale:
             return right, left
         del self._seen[index]  # not in balanced form until the next write
@@ -269,7 +279,9 @@ class GeoLoRA(torch.optim.Optimizer):
 
     def _skip_non_finite(self) -> bool:
         """True, with one warning naming the layers, where a gradient is NaN or infinite."""
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        grads = [
+            p.grad for group in self.param_groups for p in group["params"] if p.grad is not None
+        ]
         if not grads:
             return False
         first = self._geometric()[0]
@@ -280,7 +292,7 @@ class GeoLoRA(torch.optim.Optimizer):
         names = [
             name
             for group in self._geometric()
-            for name, pair in zip(group["layers"], _pairs_of(group["params"]), strict=True)
+            for name, pair in zip(group["layers"], pairs_of(group["params"]), strict=True)
             if any(p.grad is not None and not p.grad.isfinite().all() for p in pair)
         ] or ["parameters outside the pairs"]
         first["skipped"] += 1
@@ -307,7 +319,8 @@ class GeoLoRA(torch.optim.Optimizer):
         total = torch.stack([s.to(squares[0].device) for s in squares]).sum().sqrt()
         factor = (moves[0].group["max_tangent_norm"] / total.clamp(min=1e-30)).clamp(max=1.0)
         return [
-            move._replace(K=move.K * factor.to(move.K), L=move.L * factor.to(move.L)) for move in moves
+            move._replace(K=move.K * factor.to(move.K), L=move.L * factor.to(move.L))
+            for move in moves
         ]
 
     def _advance(self, move: "_Move") -> "_Move":
@@ -324,15 +337,13 @@ class GeoLoRA(torch.optim.Optimizer):
             return move
         soften = None
         if group["moments"] == "adaptive":
-            lr, soften = lr * REFERENCE_WIDTH / group["width"], SOFTEN
+            lr, soften = lr * math.sqrt(REFERENCE_WIDTH / group["width"]), SOFTEN
         slots = point.sigma.shape[-1]
         holding = phase_of(group) == "hold"
         cap = torch.tensor(
             group["ranks"] if holding else [slots] * len(move.live), device=point.sigma.device
         )
-        return move._replace(
-            new=method.step(point, K, L, lr, cap, soften), written=True
-        )
+        return move._replace(new=method.step(point, K, L, lr, cap, soften), written=True)
 
     def _judged(self, moves: list["_Move"]) -> list["_Move"]:
         """Cut every bucket whose cycle says so, by tail and then by the budget over all layers."""
@@ -370,7 +381,7 @@ class GeoLoRA(torch.optim.Optimizer):
         state = self.state[params[0]]
         new, old = move.new, move.point
         if move.written and phase_of({**group, "steps": group["steps"] + 1}) == "grow":
-            new = new._replace(V=_with_probes(new.U, new.V, group["layers"], group["steps"]))
+            new = new._replace(V=with_probes(new.U, new.V, group["layers"], group["steps"]))
         carried: dict[str, Tensor] = {}
         if "K" in state:
             K, L = move.K, move.L
@@ -387,15 +398,17 @@ class GeoLoRA(torch.optim.Optimizer):
         if not move.written:
             return
         settled = torch.tensor(group["ranks"], device=new.sigma.device)
-        A, B = to_pair(state["U"], state["sigma"], state["V"], _scales(group, state["sigma"]), settled)
+        A, B = to_pair(
+            state["U"], state["sigma"], state["V"], scales_of(group, state["sigma"]), settled
+        )
         targets, sources = [], []
-        for i, (a, b) in enumerate(_pairs_of(params)):
+        for i, (a, b) in enumerate(pairs_of(params)):
             if move.live[i]:
                 targets += [a, b]
                 sources += [A[i].view(a.shape), B[i].view(b.shape)]
         torch._foreach_copy_(targets, sources)
         if all(move.live):
-            self._seen[move.index] = _fingerprints(params)
+            self._seen[move.index] = fingerprints(params)
         else:
             self._seen.pop(move.index, None)
 
@@ -473,6 +486,7 @@ class GeoLoRA(torch.optim.Optimizer):
         return [group for group in self.param_groups if group["kind"] == "geometric"]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters for AdamW; pairs are found when the optimizer is built, not here."""
         if "kind" not in param_group:
             param_group.setdefault("kind", "rest")
             for key, value in (("betas", (0.9, 0.999)), ("eps", 1e-8), ("weight_decay", 0.0)):
@@ -493,97 +507,6 @@ class _Move(NamedTuple):
     L: Tensor
     new: method.Point
     written: bool
-
-
-def phase_of(group: dict[str, Any]) -> str:
-    """"grow", "judge" or "hold": what the coming step does with the rank."""
-    at, settle, every = group["steps"], group["settle_after"], group["prune_every"]
-    if settle is not None and at >= settle:
-        return "judge" if at == settle else "hold"
-    if every is None:
-        return "hold"
-    at, growing = at % every, every // 6
-    return "grow" if at < growing else "judge" if at == growing else "hold"
-
-
-def _by_shape(pairs: list[Pair]) -> list[list[Pair]]:
-    buckets: dict[Any, list[Pair]] = defaultdict(list)
-    for pair in pairs:
-        key = (pair.d_out, pair.d_in, pair.r, pair.A.dtype, pair.B.dtype, pair.A.device)
-        buckets[key].append(pair)
-    return list(buckets.values())
-
-
-def _bucket(pairs: list[Pair], settings: dict[str, Any]) -> dict[str, Any]:
-    first = pairs[0]
-    rank = settings["start_rank"] or first.r
-    return {
-        "kind": "geometric",
-        "params": [p for pair in pairs for p in (pair.A, pair.B)],
-        "layers": [pair.name for pair in pairs],
-        "scales": [pair.scale for pair in pairs],
-        "ranks": [rank] * len(pairs),
-        "cost": first.d_in + first.d_out,
-        "width": math.sqrt(first.d_in * first.d_out),
-        "steps": 0,
-        "skipped": 0,
-        **settings,
-    }
-
-
-def _make_masters(state: dict[str, Any], group: dict[str, Any]) -> None:
-    A, B = group["params"][:2]
-    n, r, dtype = len(group["layers"]), A.shape[0], torch.promote_types(A.dtype, torch.float32)
-    d_out, d_in = B.flatten(1).shape[0], A.flatten(1).shape[1]
-    shapes = {"U": (n, d_out, r), "sigma": (n, r), "V": (n, d_in, r)}
-    if group["moments"] != "none":
-        shapes |= {"K": (n, d_out, r), "L": (n, d_in, r)}
-    for key, shape in shapes.items():
-        state[key] = torch.zeros(shape, dtype=dtype, device=A.device)
-
-
-def _stacked_gradients(params: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    def stack(side: list[Tensor]) -> Tensor:
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in side]
-        return torch.stack([g.flatten(1) for g in grads]).to(dtype)
-
-    return stack(params[::2]), stack(params[1::2])
-
-
-def _pairs_of(params: list[Tensor]) -> Iterable[tuple[Tensor, Tensor]]:
-    return zip(params[::2], params[1::2], strict=True)
-
-
-def _with_probes(U: Tensor, V: Tensor, layers: list[str], step: int) -> Tensor:
-    """V with a random unit vector, orthogonal to V, in the first idle slot of every layer.
-
-    Where U^T G = 0 and G V = 0 the tangent step is blind although G may not be zero (with lr = 1 on
-    a quadratic loss a rank-1 start stays at rank 1 for ever); a probe sees G w. The numbers depend
-    on the layer's name and the step alone, so every process draws the same.
-    """
-    idle = ~((U != 0).any(-2) | (V != 0).any(-2))  # (n, r)
-    first = idle & (idle.cumsum(-1) == 1)
-    draws = []
-    for name in layers:
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{name}:{step}".encode()))
-        draws.append(torch.randn(V.shape[-2], generator=generator, dtype=torch.float64))
-    omega = torch.stack(draws).to(V).unsqueeze(-1)  # (n, d_in, 1)
-    omega = omega / torch.linalg.vector_norm(omega, dim=-2, keepdim=True)
-    for _ in range(2):
-        omega = omega - V @ (V.mT @ omega)
-    length = torch.linalg.vector_norm(omega, dim=-2, keepdim=True)
-    room = length > 1e-3  # V may span everything
-    omega = torch.where(room, omega / length.clamp(min=1e-3), 0.0)
-    omega = omega - V @ (V.mT @ omega)
-    return V + omega * first.unsqueeze(-2)
-
-
-def _scales(group: dict[str, Any], like: Tensor) -> Tensor:
-    return torch.tensor(group["scales"], dtype=like.dtype, device=like.device)
-
-
-def _fingerprints(params: list[Tensor]) -> list[tuple[int, int]]:
-    return [(p._version, p.data_ptr()) for p in params]
 
 
 def _firsts(state_dict: dict[str, Any]) -> list[dict[str, Any] | None]:

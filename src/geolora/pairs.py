@@ -1,6 +1,6 @@
 """Finds the LoRA pairs of a PEFT model and accepts or refuses each, with the reason.
 
-With `adapter.py` the only place that knows PEFT's layer classes.
+With `adapter.py` and `saved.py` the only place that knows PEFT.
 
 | layer                                                     | treated                          |
 |-----------------------------------------------------------|----------------------------------|
@@ -43,14 +43,17 @@ class Pair:
 
     @property
     def r(self) -> int:
+        """Physical width: slots of the pair."""
         return self.A.shape[0]
 
     @property
     def d_in(self) -> int:
+        """Columns of W; a kernel is flattened."""
         return self.A[0].numel()
 
     @property
     def d_out(self) -> int:
+        """Rows of W."""
         return self.B.shape[0]
 
 
@@ -113,9 +116,7 @@ def _lora_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _adapter_of(layers: list[tuple[str, nn.Module]], adapter_name: str | None) -> str:
-    known = sorted(
-        {key for _, layer in layers for key in (*layer.lora_A, *layer.lora_embedding_A)}
-    )
+    known = sorted({key for _, layer in layers for key in (*layer.lora_A, *layer.lora_embedding_A)})
     if adapter_name is not None:
         if adapter_name not in known:
             raise SettingError(

@@ -21,6 +21,7 @@ class GeoLoRAFactory:
     """Builds `GeoLoRA` from a model; what Trainer calls as `factory()(model, **kwargs)`."""
 
     def __call__(self, model: nn.Module, *_args: Any, **kwargs: Any) -> GeoLoRA:
+        """The optimizer of a model; kwargs are `GeoLoRA`'s."""
         return GeoLoRA(model, **kwargs)
 
 
@@ -30,6 +31,7 @@ class LoRAFactory:
     def __call__(
         self, model: nn.Module, *_args: Any, lr: float = 1e-3, rest_lr: float = 1e-3
     ) -> torch.optim.AdamW:
+        """The optimizer of a model; no weight decay."""
         paired = {id(p) for pair in find_pairs(model) for p in (pair.A, pair.B)}
         trainable = [p for p in model.parameters() if p.requires_grad]
         groups = [
@@ -87,24 +89,26 @@ def progress_callback() -> Any:
     class Progress(TrainerCallback):
         bar: Any = None
 
-        def on_train_begin(self, args, state, control, **kwargs):  # noqa: ANN001, ARG002
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step")
 
-        def on_step_end(self, args, state, control, **kwargs):  # noqa: ANN001, ARG002
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
             self.bar.update(state.global_step - self.bar.n)
 
-        def on_log(self, args, state, control, logs=None, optimizer=None, **kwargs):  # noqa: ANN001, ARG002
-            if "loss" not in (logs or {}):
+        def on_log(self, args: Any, state: Any, control: Any, **given: Any) -> None:  # noqa: ARG002
+            logs = given.get("logs") or {}
+            if "loss" not in logs:
                 return
             shown = {"loss": f"{logs['loss']:.3f}"}
-            found = ranks_of(optimizer)
+            found = ranks_of(given.get("optimizer"))
             if found is not None:
-                logs["rank"], logs["adapter_parameters"] = found
-                state.log_history[-1].update(rank=found[0], adapter_parameters=found[1])
-                shown |= {"rank": found[0], "parameters": found[1]}
+                new = {"rank": found[0], "adapter_parameters": found[1]}
+                logs.update(new)
+                state.log_history[-1].update(new)
+                shown |= {"rank": str(found[0]), "parameters": str(found[1])}
             self.bar.set_postfix(shown)
 
-        def on_train_end(self, args, state, control, **kwargs):  # noqa: ANN001, ARG002
+        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
             self.bar.close()
 
     return Progress()

@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerances import bound, difference
 
 from geolora.kernels.augment import augment, polish
+from tolerances import bound, difference
 
 DTYPES = [torch.float32, torch.float64]
 
@@ -38,7 +38,9 @@ def check(U: torch.Tensor, K: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("d, r, k", [(40, 3, 3), (40, 1, 1), (16, 8, 8), (9, 4, 7), (5, 5, 5), (3, 1, 6)])
+@pytest.mark.parametrize(
+    "d, r, k", [(40, 3, 3), (40, 1, 1), (16, 8, 8), (9, 4, 7), (5, 5, 5), (3, 1, 6)]
+)
 def test_general_directions(dtype: torch.dtype, d: int, r: int, k: int) -> None:
     new = check(basis(d, r, dtype=dtype), normal(d, k, dtype=dtype), dtype)
     assert int(new) == min(k, d - r)

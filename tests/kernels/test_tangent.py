@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tolerances import bound, difference
 
 from geolora.kernels.augment import augment
 from geolora.kernels.tangent import core_of, inner, norm, project, to_dense, transport
+from tolerances import bound, difference
 
 
 def point(d_out: int = 12, d_in: int = 9, r: int = 3, *batch: int, seed: int = 0):
@@ -40,7 +40,9 @@ def test_projection_is_idempotent_and_self_adjoint() -> None:
     U, V, G, H = point()
     once = dense(G, U, V)
     assert difference(to_dense(*project(once, U, V), U, V), once) < LIMIT
-    assert abs((dense(G, U, V) * H).sum() - (G * dense(H, U, V)).sum()) < LIMIT * G.norm() * H.norm()
+    assert (
+        abs((dense(G, U, V) * H).sum() - (G * dense(H, U, V)).sum()) < LIMIT * G.norm() * H.norm()
+    )
 
 
 def test_idle_slots_and_probes() -> None:

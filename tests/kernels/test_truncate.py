@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 import torch
-from tolerances import bound, difference
 
 from geolora.kernels.truncate import (
     leading,
@@ -14,6 +13,7 @@ from geolora.kernels.truncate import (
     settled_ranks,
 )
 from geolora.methods.geolora import Point, cut
+from tolerances import bound, difference
 
 SIGMA = torch.tensor([4.0, 3.0, 1.0, 0.5, 0.0], dtype=torch.float64)
 
@@ -74,13 +74,17 @@ def best_energy(sigmas: list[torch.Tensor], costs: list[int], budget: int) -> fl
     best = -1.0
     for ranks in itertools.product(*[range(1, len(s) + 1) for s in sigmas]):
         if sum(r * c for r, c in zip(ranks, costs, strict=True)) <= budget:
-            best = max(best, sum(float((s[:r] ** 2).sum()) for s, r in zip(sigmas, ranks, strict=True)))
+            best = max(
+                best, sum(float((s[:r] ** 2).sum()) for s, r in zip(sigmas, ranks, strict=True))
+            )
     return best
 
 
 def test_budget_is_kept_and_spent_on_energy() -> None:
     generator = torch.Generator().manual_seed(3)
-    sigmas = [torch.rand(4, generator=generator).double().sort(descending=True)[0] for _ in range(3)]
+    sigmas = [
+        torch.rand(4, generator=generator).double().sort(descending=True)[0] for _ in range(3)
+    ]
     for cost, budget in itertools.product(([5, 5, 5], [4, 9, 6]), range(20, 61, 5)):
         ranks = ranks_in_budget(sigmas, cost, budget)
         spent = sum(r * c for r, c in zip(ranks, cost, strict=True))

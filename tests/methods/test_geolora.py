@@ -6,12 +6,12 @@ L(W) = ½||W - W*||² unless said otherwise, so G = W - W*.
 import itertools
 
 import pytest
-import reference
 import torch
-from tolerances import bound, difference
 
+import reference
 from geolora.kernels.tangent import project, to_dense
 from geolora.methods.geolora import Point, cut, soft_sign, step
+from tolerances import bound, difference
 
 D_OUT, D_IN, R = 14, 11, 4
 SPECTRA = {
@@ -109,7 +109,10 @@ def test_t4_t11_truncation_errs_by_the_tail_and_nothing_else(spectrum: list[floa
     hat = advance(point, G, 0.3)
     for rank in range(1, 2 * R):
         new = cut(hat, torch.tensor(rank))
-        assert abs((dense(new) - dense(hat)).norm() - hat.sigma[rank:].norm()) < LIMIT * dense(hat).norm()
+        assert (
+            abs((dense(new) - dense(hat)).norm() - hat.sigma[rank:].norm())
+            < LIMIT * dense(hat).norm()
+        )
 
 
 @cases
@@ -139,7 +142,9 @@ def test_t6_the_error_does_not_grow_as_sigma_shrinks() -> None:
 
 @cases
 @pytest.mark.parametrize("soften", [None, 0.01])
-def test_t7_the_step_does_not_depend_on_the_gauge(spectrum: list[float], soften: float | None) -> None:
+def test_t7_the_step_does_not_depend_on_the_gauge(
+    spectrum: list[float], soften: float | None
+) -> None:
     """Turning U and V where the singular values are equal is another SVD of the same W."""
     point, G = start([1.0, 1.0, 1.0, 1.0] if soften else spectrum), normal(D_OUT, D_IN, seed=11)
     turn = torch.linalg.qr(normal(R, R, seed=12))[0]

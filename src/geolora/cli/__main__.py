@@ -24,6 +24,7 @@ class Parser(argparse.ArgumentParser):
     """argparse with errors of one line that name the nearest valid word."""
 
     def error(self, message: str) -> NoReturn:
+        """Say what is wrong on one line, exit code 2."""
         self.exit(2, f"geolora: {message}. See {self.prog} --help.\n")
 
 
@@ -35,7 +36,9 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"geolora {__version__}")
-    commands = parser.add_subparsers(dest="name", metavar="COMMAND", required=True, parser_class=Parser)
+    commands = parser.add_subparsers(
+        dest="name", metavar="COMMAND", required=True, parser_class=Parser
+    )
     for name, module in COMMANDS.items():
         summary = (module.__doc__ or "").strip().splitlines()[0].partition(": ")[2]
         sub = commands.add_parser(
@@ -57,11 +60,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = build_parser()
     if arguments and arguments[0][0] != "-" and arguments[0] not in COMMANDS:
-        parser.error(f"unknown command `{arguments[0]}`.{nearest(arguments[0], COMMANDS)}".rstrip("."))
+        parser.error(
+            f"unknown command `{arguments[0]}`.{nearest(arguments[0], COMMANDS)}".rstrip(".")
+        )
     parsed, unknown = parser.parse_known_args(arguments)
     if unknown:
         known = [flag for action in parsed.parser._actions for flag in action.option_strings]
-        parsed.parser.error(f"unknown argument `{unknown[0]}`.{nearest(unknown[0], known)}".rstrip("."))
+        parsed.parser.error(
+            f"unknown argument `{unknown[0]}`.{nearest(unknown[0], known)}".rstrip(".")
+        )
     try:
         parsed.run(parsed)
     except GeoloraError as error:
@@ -73,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _one_line_warning(message, category, *_args, **_kwargs) -> None:  # noqa: ANN001
+def _one_line_warning(message: object, category: type, *_: object, **__: object) -> None:
     if category.__module__.startswith("geolora"):
         print(f"geolora: {message}", file=sys.stderr)
 

@@ -22,8 +22,9 @@ def run(arguments: argparse.Namespace) -> None:
     import shutil
     from pathlib import Path
 
-    from geolora.adapter import export, load_adapter
+    from geolora.adapter import export
     from geolora.errors import OutputError
+    from geolora.saved import load_adapter
 
     output = Path(arguments.output)
     if output.exists() and not arguments.overwrite:

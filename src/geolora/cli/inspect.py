@@ -13,13 +13,13 @@ EXAMPLES = """examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", help="PEFT adapter folder; the base model is not needed")
-    parser.add_argument("--tail", type=float, default=0.1, help="tail to judge by (0.1)")
+    parser.add_argument("--tail", type=float, default=0.25, help="tail to judge by (0.25)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Print a row per layer."""
-    from geolora.adapter import as_rows, inspect
+    from geolora.saved import as_rows, inspect
 
     rows = inspect(arguments.adapter, arguments.tail)
     if arguments.json:

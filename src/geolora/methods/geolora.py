@@ -74,9 +74,7 @@ def step(
     core = core - lr[..., None, None] * move
 
     P, values, Qt = torch.linalg.svd(core)
-    tolerance = max(
-        torch.finfo(U.dtype).eps, core.shape[-1] * torch.finfo(core.dtype).eps
-    )
+    tolerance = max(torch.finfo(U.dtype).eps, core.shape[-1] * torch.finfo(core.dtype).eps)
     rank = torch.minimum(numerical_rank(values, tolerance), cap)
     keep = leading(rank, slots).to(U.dtype)
     P, Q = P[..., :slots].to(U.dtype), Qt.mT[..., :slots].to(U.dtype)
@@ -103,9 +101,7 @@ def cut(point: Point, ranks: Tensor) -> Point:
     The error in W is exactly the norm of the singular values dropped.
     """
     keep = leading(ranks, point.sigma.shape[-1]).to(point.U.dtype)
-    kept = Point(
-        point.U * keep.unsqueeze(-2), point.sigma * keep, point.V * keep.unsqueeze(-2)
-    )
+    kept = Point(point.U * keep.unsqueeze(-2), point.sigma * keep, point.V * keep.unsqueeze(-2))
     return _or_probes(kept, point)
 
 

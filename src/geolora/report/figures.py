@@ -20,7 +20,9 @@ def rank_map(folder: str | Path) -> Path | None:
     folder = Path(folder)
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     kinds, depths, table = rank_table(report["ranks"])
-    figure = Figure(figsize=(1.6 + 0.55 * len(depths), 1.6 + 0.4 * len(kinds)), layout="constrained")
+    figure = Figure(
+        figsize=(1.6 + 0.55 * len(depths), 1.6 + 0.4 * len(kinds)), layout="constrained"
+    )
     axes = figure.subplots()
     top = max(report["ranks"].values())
     image = axes.imshow(
@@ -61,6 +63,8 @@ def rank_table(ranks: dict[str, int]) -> tuple[list[str], list[str], list[list[i
         depth, kind = found.groups() if found else ("-", name)
         cells[kind, depth] = rank
     kinds = list(dict.fromkeys(kind for kind, _ in cells))
-    depths = sorted({depth for _, depth in cells}, key=lambda d: (d == "-", int(d) if d != "-" else 0))
+    depths = sorted(
+        {depth for _, depth in cells}, key=lambda d: (d == "-", int(d) if d != "-" else 0)
+    )
     table: list[list[Any]] = [[cells.get((kind, depth)) for depth in depths] for kind in kinds]
     return kinds, depths, table

@@ -15,7 +15,7 @@ Row = dict[str, Any]
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """" Did you mean `x`?" for the closest known word, or nothing."""
+    """ " Did you mean `x`?" for the closest known word, or nothing."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" Did you mean `{close[0]}`?" if close else ""
 

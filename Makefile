@@ -1,0 +1,40 @@
+# `make demo` and `make test` set themselves up on a machine with Python (3.11 or later for the pinned
+# versions) and make; run again they start at once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: demo test lint format clean
+
+demo: $(VENV)/.demo
+	HF_HUB_OFFLINE=1 $(BIN)/geolora demo --output demo-output --overwrite
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# torch first: whatever depends on it then keeps this version
+$(VENV)/.demo: pyproject.toml constraints.txt
+	@echo "Setting up $(VENV): the first time takes a few minutes."
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) -e '.[demo]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	$(PIP) hypothesis pyright pytest pytest-xdist ruff
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo-output

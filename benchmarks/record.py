@@ -1,0 +1,38 @@
+"""What every benchmark writes beside its numbers: how they were made."""
+
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from geolora.tasks.text_classification import versions
+
+RESULTS = Path(__file__).parent / "results"
+FIGURES = Path(__file__).parents[1] / "docs" / "figures"
+
+
+def write(name: str, results: Any) -> Path:
+    """results/<name>.json: the command, versions, machine, commit, and the results."""
+    import torch
+
+    root = Path(__file__).parents[1]
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", *words], cwd=root, capture_output=True, text=True, check=False
+        ).stdout.strip()
+
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    document = {
+        "command": f"python benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}".strip(),
+        "versions": versions(),
+        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": bool(git("status", "--porcelain", "--", "src", "benchmarks/*.py")),
+        "results": results,
+    }
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    return path

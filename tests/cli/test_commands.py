@@ -1,0 +1,249 @@
+"""The command line as its user calls it: results, one-line errors, exit codes."""
+
+import csv
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from geolora.cli.__main__ import main
+from models import reviews, tiny_bert
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    tiny_bert(folder / "model")
+    train, held_out = reviews(120), reviews(60, seed=1)
+    for name, rows in (("train", train), ("dev", held_out)):
+        text = "\n".join(json.dumps(row) for row in rows)
+        (folder / f"{name}.jsonl").write_text(text)
+        with gzip.open(folder / f"{name}.jsonl.gz", "wt") as file:
+            file.write(text)
+        with (folder / f"{name}.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    (folder / "empty.jsonl").write_text("")
+    (folder / "broken.jsonl").write_text('{"text": "the film"}\n{"text": \n')
+    (folder / "one.jsonl").write_text("\n".join(json.dumps({**r, "label": "good"}) for r in train))
+    (folder / "gap.jsonl").write_text('{"text": "the film", "label": "good"}\n{"label": "bad"}')
+    (folder / "new.jsonl").write_text(json.dumps({"text": "the film", "label": "goods"}))
+    return folder
+
+
+@pytest.fixture
+def geolora(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> Callable:
+    """Run a command; `train` gets the files and small settings unless they are given."""
+
+    def call(*words: object) -> tuple[int, str, str]:
+        arguments = [str(word) for word in words]
+        if arguments[:1] == ["train"]:
+            for flag, value in (
+                ("--model", files / "model"),
+                ("--train", files / "train.jsonl"),
+                ("--eval", files / "dev.jsonl"),
+                ("--output", tmp_path / "out"),
+                ("--max-steps", 20),
+                ("--batch-size", 16),
+                ("--rank", 4),
+            ):
+                if flag not in arguments:
+                    arguments += [flag, str(value)]
+        try:
+            code = main(arguments)
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+REPORT = {
+    "method", "task", "metric", "value", "train_loss", "steps", "seconds", "seconds_per_step",
+    "trainable_parameters", "adapter_parameters", "exported_parameters", "ranks",
+    "peak_memory_bytes", "seed", "versions", "command",
+}  # fmt: skip
+
+
+def test_train_writes_an_adapter_that_stock_peft_loads(
+    geolora: Callable, files: Path, tmp_path: Path
+) -> None:
+    code, out, err = geolora("train", "--max-steps", 60, "--lr", "0.02", "--budget", "1200")
+    assert code == 0, err
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report.keys() == REPORT
+    assert report["value"] > 0.9
+    assert report["adapter_parameters"] <= 1200
+    assert f"{report['value']:.4f}" in out
+    history = json.loads((tmp_path / "out" / "history.json").read_text())
+    assert history[-1]["rank"] == sum(report["ranks"].values())
+    assert not (tmp_path / "out" / "checkpoints").exists()
+    # from the files alone, as anyone would
+    base = AutoModelForSequenceClassification.from_pretrained(files / "model", num_labels=2)
+    model = PeftModel.from_pretrained(base, str(tmp_path / "out" / "adapter")).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "adapter")
+    names = json.loads((tmp_path / "out" / "labels.json").read_text())
+    rows = reviews(60, seed=1)
+    with torch.no_grad():
+        logits = model(
+            **tokenizer([r["text"] for r in rows], padding=True, return_tensors="pt")
+        ).logits
+    hits = [names[int(i)] == row["label"] for i, row in zip(logits.argmax(-1), rows, strict=True)]
+    assert sum(hits) / len(hits) == pytest.approx(report["value"])
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl.gz"])
+def test_train_lora_on_pairs_of_other_formats(
+    geolora: Callable, files: Path, tmp_path: Path, suffix: str
+) -> None:
+    code, _, err = geolora(
+        "train", "--method", "lora", "--text-pair", "other", "--lr", "3e-3",
+        "--train", files / f"train.{suffix}", "--eval", files / f"dev.{suffix}",
+    )  # fmt: skip
+    assert code == 0, err
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert set(report["ranks"].values()) == {4}
+    assert report["adapter_parameters"] == report["exported_parameters"]
+
+
+def test_train_regression(geolora: Callable, tmp_path: Path) -> None:
+    code, _, err = geolora(
+        "train", "--task", "text-regression", "--label", "score", "--lr", "0.02", "--max-steps", 60
+    )
+    assert code == 0, err
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["metric"] == "pearson"
+    assert report["value"] > 0.8
+
+
+def test_train_is_reproducible_and_goes_on_where_it_was_stopped(
+    geolora: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import geolora.optim as optim
+
+    whole = tmp_path / "whole"
+    assert geolora("train", "--output", whole, "--save-every", 5)[0] == 0
+    wanted = json.loads((whole / "report.json").read_text())
+    step, done = optim.GeoLoRA.step, [0]
+
+    def stopping(self: optim.GeoLoRA, closure: None = None) -> None:
+        done[0] += 1
+        if done[0] == 13:
+            raise KeyboardInterrupt
+        step(self, closure)
+
+    monkeypatch.setattr(optim.GeoLoRA, "step", stopping)
+    code, _, err = geolora("train", "--save-every", 5)
+    assert code == 130
+    assert "stopped" in err
+    assert not (tmp_path / "out" / "report.json").exists()
+    monkeypatch.setattr(optim.GeoLoRA, "step", step)
+    seen = []
+    monkeypatch.setattr(
+        optim.GeoLoRA, "step", lambda self, closure=None: (seen.append(1), step(self, closure))[1]
+    )
+    assert geolora("train", "--save-every", 5)[0] == 0
+    assert len(seen) == 10, "from the checkpoint at step 10"
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert {k: report[k] for k in ("value", "ranks")} == {k: wanted[k] for k in ("value", "ranks")}
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["train", "--train", "{files}/trian.jsonl"], "`--train`.*does not exist. Did you mean `train.jsonl`?"),
+        (["train", "--train", "{files}/model"], "`--train` must be a file"),
+        (["train", "--train", "{files}/model/config.json"], "must end in .jsonl, .jsonl.gz, .csv"),
+        (["train", "--train", "{files}/empty.jsonl"], "`--train` must have rows; .* is empty"),
+        (["train", "--train", "{files}/broken.jsonl"], "line 2 is not JSON"),
+        (["train", "--train", "{files}/one.jsonl"], "two classes or more; got ['good']"),
+        (["train", "--train", "{files}/gap.jsonl"], "no column `text` (row 2)"),
+        (["train", "--eval", "{files}/new.jsonl"], "label `goods`.*Did you mean `good`?"),
+        (["train", "--text", "txt"], "no column `txt`.*Did you mean `text`?"),
+        (["train", "--label", "lable"], "no column `lable`.*Did you mean `label`?"),
+        (["train", "--text-pair", "othr"], "no column `othr`.*Did you mean `other`?"),
+        (["train", "--text", "score"], "column `score` must hold text; row 1"),
+        (["train", "--task", "text-regression"], "must hold numbers; row 1 of train.jsonl has"),
+        (["train", "--task", "text-clasification"], "`--task`.*Did you mean `text-classification`?"),
+        (["train", "--method", "geolara"], "`--method`.*Did you mean `geolora`?"),
+        (["train", "--model", "{files}/nothing"], "`--model`: .*nothing cannot be loaded"),
+        (["train", "--rank", "33"], "r=33 for 32 x 32"),
+        (["train", "--rank", "0"], "`--rank` must be above 0; got 0"),
+        (["train", "--start-rank", "5"], "`start_rank`.*got 5"),
+        (["train", "--budget", "99"], "`budget` must hold one direction in every layer.*got 99"),
+        (["train", "--method", "lora", "--budget", "9999"], "belong to --method geolora"),
+        (["train", "--tail", "1.5"], "`tail` must be in [0, 1); got 1.5"),
+        (["train", "--lr", "fast"], "--lr: invalid float value: 'fast'"),
+        (["train", "--bugdet", "9"], "unknown argument `--bugdet`. Did you mean `--budget`?"),
+        (["train", "--output", "{files}"], "`--output`: .* exists. Choose another folder"),
+        (["tarin"], "unknown command `tarin`. Did you mean `train`?"),
+        ([], "the following arguments are required: COMMAND"),
+        (["inspect", "{files}"], "must be a PEFT adapter folder; .* has no adapter_config.json"),
+        (["verify", "{files}"], "must be a PEFT adapter folder"),
+        (["export", "{files}", "{out}"], "must be a PEFT adapter folder"),
+        (["export", "{files}", "{files}"], "exists. Choose another folder"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_clear_line(
+    geolora: Callable, files: Path, tmp_path: Path, words: list[str], message: str
+) -> None:
+    import re
+
+    before = sorted(path.name for path in files.iterdir())
+    code, out, err = geolora(*[w.format(files=files, out=tmp_path / "out") for w in words])
+    assert code == 2
+    assert out == ""
+    line = next(line for line in err.splitlines() if line.startswith("geolora: "))
+    assert err.strip().endswith(line), "nothing after it"
+    assert len(err.strip().splitlines()) == 1, err
+    pattern = ".*".join(re.escape(part) for part in message.split(".*"))
+    assert re.search(pattern, line), line
+    assert not (tmp_path / "out").exists(), "nothing half-written"
+    assert sorted(path.name for path in files.iterdir()) == before
+
+
+def test_inspect_export_verify(geolora: Callable, files: Path, tmp_path: Path) -> None:
+    assert geolora("train", "--lr", "0.02", "--tail", "0.4")[0] == 0
+    adapter = tmp_path / "out" / "adapter"
+    ranks = json.loads((tmp_path / "out" / "report.json").read_text())["ranks"]
+
+    code, out, _ = geolora("verify", adapter)
+    assert code == 0
+    assert f"{len(ranks)} layers are right" in out
+
+    code, out, _ = geolora("inspect", adapter)
+    assert code == 0
+    for name, rank in ranks.items():
+        line = next(line for line in out.splitlines() if line.startswith(f"{name} "))
+        shape, after = line[len(name) :].strip().split("  ", 1)
+        assert " x " in shape
+        assert int(after.split()[0]) == rank
+    code, out, _ = geolora("inspect", adapter, "--json", "--tail", "0.9")
+    assert {row["layer"]: row["rank"] for row in json.loads(out)} == ranks
+
+    code, out, _ = geolora("export", adapter, tmp_path / "small", "--layout", "compact")
+    assert code == 0
+    assert "compact" in out
+    assert geolora("verify", tmp_path / "small", "--base", files / "model")[0] == 0
+    code, out, _ = geolora("export", adapter, tmp_path / "one", "--rank", "1")
+    assert code == 0
+    assert "relative error" in out
+    assert geolora("export", adapter, tmp_path / "one", "--rank", "99")[0] == 2
+    assert geolora("export", adapter, tmp_path / "one", "--rank", "2", "--overwrite")[0] == 0
+
+
+@pytest.mark.parametrize("command", ["demo", "train", "inspect", "export", "verify"])
+def test_help_shows_every_flag_and_an_example(geolora: Callable, command: str) -> None:
+    code, out, _ = geolora(command, "--help")
+    assert code == 0
+    assert f"geolora {command}" in out.partition("examples:")[2]
+    assert geolora("--version")[1].startswith("geolora 0.")

@@ -1,0 +1,95 @@
+"""`for_trainer` in a stock Trainer: training, checkpoints, resume."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+import geolora
+from geolora.errors import SettingError
+from geolora.trainer import progress_callback, ranks_of
+from models import reviews, tiny_bert
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_bert(tmp_path_factory.mktemp("model"))
+
+
+def trainer(folder: Path, out: Path, method: str = "geolora", **settings: object) -> Trainer:
+    set_seed(0)
+    base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
+    model = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", r=4, target_modules="all-linear"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = [
+        {**tokenizer(row["text"]), "labels": int(row["label"] == "good")} for row in reviews(64)
+    ]
+    return Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(out),
+            max_steps=12,
+            per_device_train_batch_size=8,
+            save_steps=5,
+            logging_steps=1,
+            report_to="none",
+            warmup_steps=2,
+            disable_tqdm=True,
+            max_grad_norm=0.0,
+            dataloader_pin_memory=False,
+        ),
+        train_dataset=rows,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        optimizer_cls_and_kwargs=geolora.for_trainer(method, **settings),
+        callbacks=[progress_callback()],
+    )
+
+
+def test_geolora_in_a_stock_trainer_resumes_where_it_was(folder: Path, tmp_path: Path) -> None:
+    settings = {"lr": 0.05, "prune_every": 6, "tail": 0.5}
+    whole = trainer(folder, tmp_path / "a", **settings)
+    whole.train()
+    logs = [entry for entry in whole.state.log_history if "loss" in entry]
+    assert logs[-1]["rank"] < logs[0]["rank"], "ranks changed before and after the checkpoint"
+    assert logs[-1]["rank"] == sum(whole.optimizer.optimizer.settled_ranks().values())
+    assert logs[-1]["learning_rate"] == pytest.approx(0.05 / 10), "group 0 is geometric"
+    again = trainer(folder, tmp_path / "b", **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-10"))
+    for (name, p), (_, q) in zip(
+        whole.model.named_parameters(), again.model.named_parameters(), strict=True
+    ):
+        assert torch.equal(p, q), name
+    assert ranks_of(whole.optimizer) == ranks_of(again.optimizer)
+
+
+def test_lora_is_adamw_on_two_groups(folder: Path, tmp_path: Path) -> None:
+    run = trainer(folder, tmp_path, "lora", lr=2e-3, rest_lr=5e-4)
+    run.train()
+    inner = run.optimizer.optimizer
+    assert isinstance(inner, torch.optim.AdamW)
+    assert [group["initial_lr"] for group in inner.param_groups] == [2e-3, 5e-4]
+    assert ranks_of(run.optimizer) is None
+    assert "rank" not in json.dumps(run.state.log_history)
+
+
+def test_the_factory_is_picklable_and_settings_are_checked() -> None:
+    factory, settings = geolora.for_trainer("geolora", lr=1e-3, budget=None)
+    assert isinstance(pickle.loads(pickle.dumps(factory))(), factory)
+    assert settings == {"lr": 1e-3, "budget": None}
+    with pytest.raises(SettingError, match=r"`method`.*geolora.*'adalora'"):
+        geolora.for_trainer("adalora")
+    with pytest.raises(SettingError, match="`learning_rate` must be one of"):
+        geolora.for_trainer("geolora", learning_rate=1.0)
