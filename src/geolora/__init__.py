@@ -1,12 +1,20 @@
 """Fine-tune Hugging Face models on the manifold of low-rank matrices.
 
-Importing this package loads torch at most; every public name is resolved when first used.
+Importing this package loads nothing heavy; every public name is resolved when first used.
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from geolora.adapter import export, prune, ranks
+    from geolora.optim import GeoLoRA
+    from geolora.saved import inspect, verify
+    from geolora.trainer import for_trainer
 
 __version__ = "0.1.0"
+
+__all__ = ["GeoLoRA", "export", "for_trainer", "inspect", "prune", "ranks", "verify"]
 
 _HOME = {
     "GeoLoRA": "geolora.optim",
@@ -17,8 +25,6 @@ _HOME = {
     "ranks": "geolora.adapter",
     "verify": "geolora.saved",
 }
-
-__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from geolora.errors import AdapterError, GeoloraWarning, SettingError
 from geolora.factors import read_pair, slot_ranks, to_pair
 from geolora.kernels.truncate import settled_ranks
-from geolora.pairs import PREFIX, Pair, check_budget, find_pairs
+from geolora.pairs import PREFIX, Pair, adapter_of, check_budget, find_pairs
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -160,8 +160,8 @@ def export(
             f"export: `model` must be a PeftModel; got {type(model).__name__}. "
             "Wrap it with peft.get_peft_model, or save the injected layers with peft yourself."
         )
+    adapter_name = adapter_of(model, adapter_name)
     pairs = find_pairs(model, adapter_name)
-    adapter_name = adapter_name or model.active_adapter
     _check_rank(pairs, layout, rank)
     points, settled = _points(pairs)
     trials = sum(sigma.numel() - settled[name] for name, (_, sigma, _) in points.items())

@@ -285,8 +285,9 @@ class GeoLoRA(torch.optim.Optimizer):
         if not grads:
             return False
         first = self._geometric()[0]
-        sizes = torch._foreach_norm([g.detach() for g in grads], math.inf)
-        if bool(torch.stack([s.float().to(sizes[0].device) for s in sizes]).isfinite().all()):
+        sizes = torch._foreach_norm([g.detach() for g in grads], math.inf)  # pyright: ignore[reportPrivateImportUsage]
+        finite = [size.isfinite().to(sizes[0].device) for size in sizes]
+        if bool(torch.stack(finite).all()):
             first["skipped"] = 0
             return False
         names = [
@@ -350,14 +351,14 @@ class GeoLoRA(torch.optim.Optimizer):
         if not any(phase_of(move.group) == "judge" and move.written for move in moves):
             return moves
         live = [(move, i) for move in moves for i, alive in enumerate(move.live) if alive]
-        rows = {move.index: move.new.sigma.double().cpu() for move in moves}
+        rows = {move.place: move.new.sigma.double().cpu() for move in moves}
         settings = moves[0].group
         budget = settings["budget"]
         if budget is not None:
             paid = sum(move.group["ranks"][i] * move.group["cost"] for move, i in live)
             budget -= self.adapter_parameters() - paid
         ranks = settled_ranks(
-            [rows[move.index][i] for move, i in live],
+            [rows[move.place][i] for move, i in live],
             [move.group["cost"] for move, _ in live],
             settings["tail"],
             budget,
@@ -406,11 +407,11 @@ class GeoLoRA(torch.optim.Optimizer):
             if move.live[i]:
                 targets += [a, b]
                 sources += [A[i].view(a.shape), B[i].view(b.shape)]
-        torch._foreach_copy_(targets, sources)
+        torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]
         if all(move.live):
-            self._seen[move.index] = fingerprints(params)
+            self._seen[move.place] = fingerprints(params)
         else:
-            self._seen.pop(move.index, None)
+            self._seen.pop(move.place, None)
 
     def _adamw(self, group: dict[str, Any]) -> None:
         params = [p for p in group["params"] if p.grad is not None]
@@ -499,7 +500,7 @@ class GeoLoRA(torch.optim.Optimizer):
 class _Move(NamedTuple):
     """A bucket on its way through one step."""
 
-    index: int
+    place: int
     group: dict[str, Any]
     live: list[bool]
     point: method.Point

@@ -19,6 +19,7 @@ With `adapter.py` and `saved.py` the only place that knows PEFT.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -70,15 +71,9 @@ def find_pairs(model: nn.Module, adapter_name: str | None = None) -> list[Pair]:
         SettingError: an unknown adapter, a rank above min(d_out, d_in), a scale that is not positive.
         SetupError: sharded or partitioned factors.
     """
-    layers = list(_lora_layers(model))
-    if not layers:
-        raise PairingError(
-            "geolora: `model` must have LoRA layers; found none. "
-            "Wrap it with peft.get_peft_model(model, LoraConfig(...)) first."
-        )
-    adapter = _adapter_of(layers, adapter_name)
+    adapter = adapter_of(model, adapter_name)
     pairs = []
-    for name, layer in layers:
+    for name, layer in _lora_layers(model):
         if adapter in layer.lora_A:
             _refuse(name, layer, adapter)
             pair = Pair(
@@ -107,7 +102,7 @@ def unpaired_lora_layers(model: nn.Module) -> list[str]:
     ]
 
 
-def _lora_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     from peft.tuners.lora import LoraLayer
 
     for name, module in model.named_modules():
@@ -115,7 +110,14 @@ def _lora_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name.removeprefix(PREFIX), module
 
 
-def _adapter_of(layers: list[tuple[str, nn.Module]], adapter_name: str | None) -> str:
+def adapter_of(model: nn.Module, adapter_name: str | None = None) -> str:
+    """The adapter of that name, or the active one; raises as `find_pairs`."""
+    layers = list(_lora_layers(model))
+    if not layers:
+        raise PairingError(
+            "geolora: `model` must have LoRA layers; found none. "
+            "Wrap it with peft.get_peft_model(model, LoraConfig(...)) first."
+        )
     known = sorted({key for _, layer in layers for key in (*layer.lora_A, *layer.lora_embedding_A)})
     if adapter_name is not None:
         if adapter_name not in known:
@@ -132,7 +134,7 @@ def _adapter_of(layers: list[tuple[str, nn.Module]], adapter_name: str | None) -
     return active[0]
 
 
-def _refuse(name: str, layer: nn.Module, adapter: str) -> None:
+def _refuse(name: str, layer: Any, adapter: str) -> None:
     from peft.tuners.lora import ParamWrapper
 
     kind = type(layer).__name__

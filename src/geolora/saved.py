@@ -160,7 +160,7 @@ def as_rows(reports: list[LayerReport]) -> list[dict[str, Any]]:
 def _probe_errors(loaded: nn.Module, probes: Mapping[str, Tensor]) -> dict[str, float]:
     from peft.tuners.lora import LoraLayer
 
-    layers = {
+    layers: dict[str, Any] = {
         name.removeprefix(PREFIX): module
         for name, module in loaded.named_modules()
         if isinstance(module, LoraLayer)
@@ -197,7 +197,7 @@ def _saved_scale(config: dict[str, Any], name: str) -> float:
 
     def of(pattern: str, default: float) -> float:
         table = config.get(pattern) or {}
-        return table.get(get_pattern_key(table.keys(), name), default)
+        return table.get(get_pattern_key(list(table), name), default)
 
     r, alpha = of("rank_pattern", config["r"]), of("alpha_pattern", config["lora_alpha"])
     return alpha / (r**0.5 if config.get("use_rslora") else r)

@@ -285,7 +285,7 @@ def _load_model(config: TrainConfig, data: TextData) -> tuple[Any, Any]:
 def _with_adapter(model: Any, config: TrainConfig) -> Any:
     from peft import LoraConfig, TaskType, get_peft_model
 
-    init = True if config.init == "default" else config.init
+    init: Any = True if config.init == "default" else config.init
     lora = LoraConfig(
         task_type=TaskType.SEQ_CLS,
         r=config.rank,

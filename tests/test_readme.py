@@ -1,0 +1,48 @@
+"""What the README shows works as it stands."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from geolora.cli.__main__ import build_parser
+from models import tiny_bert
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tiny_bert(tmp_path / "base")
+    base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
+    ids = torch.randint(4, 20, (3, 8, 6))
+    loader = [{"input_ids": i, "labels": torch.randint(2, (8,))} for i in ids]
+    code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0]
+    names: dict = {"base": base, "loader": loader}
+    exec(compile(code, "README.md", "exec"), names)
+    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
+    assert set(names["geolora"].ranks(names["model"]).values()) != {0}
+
+
+def test_every_command_and_flag_it_names_exists() -> None:
+    parser = build_parser()
+    commands = [
+        line.split("#")[0].strip()
+        for line in README.splitlines()
+        if re.match(r" {4}geolora \w", line)
+    ]
+    assert len(commands) >= 4
+    for command in commands:
+        parser.parse_args(shlex.split(command)[1:])
+
+
+def test_files_it_links_exist() -> None:
+    root = Path(__file__).parents[1]
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    named = re.findall(r"`(benchmarks/[\w.]+\.py)`", README)
+    assert len(links) > 3
+    assert [name for name in (*links, *named) if not (root / name).exists()] == []
+    assert "@@" not in README
