@@ -74,6 +74,10 @@ def test_uniform_files_are_what_servers_read(tmp_path: Path) -> None:
         rank = done.ranks[name]
         assert torch.allclose(A[:rank].norm(dim=1), B[:, :rank].norm(dim=0)), "balanced"
     assert done.exported_parameters == top * (24 + 24 + 22)
+    card = (tmp_path / "README.md").read_text()
+    assert "library_name: peft" in card
+    assert f"{done.adapter_parameters:,} parameters" in card
+    assert "uniform layout, for peft" in card, "there is a head"
     assert done.others == ["base_model.model.head.bias", "base_model.model.head.weight"]
     assert not done.server_shaped
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from geolora import __version__
 from geolora.errors import AdapterError, GeoloraWarning, SettingError
 from geolora.factors import read_pair, slot_ranks, to_pair
 from geolora.kernels.truncate import settled_ranks
@@ -193,20 +194,23 @@ def export(
     whole = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     save_file(whole, folder / WEIGHTS, metadata={"format": "pt"})
     save_file(probes, folder / PROBES)
-    _exported_config(model, adapter_name, pairs, layout, widths).save_pretrained(folder)
-    lost = sum(float((s**2).sum() - (s[: kept[n]] ** 2).sum()) for n, (_, s, _) in points.items())
+    config = _exported_config(model, adapter_name, pairs, layout, widths)
+    config.save_pretrained(folder)
+    lost = sum(float((s[kept[name] :] ** 2).sum()) for name, (_, s, _) in points.items())
     total = sum(float((s**2).sum()) for _, s, _ in points.values())
     cost = {pair.name: pair.d_in + pair.d_out for pair in pairs}
-    return Export(
+    done = Export(
         folder,
         layout,
         kept,
         sum(kept[name] * cost[name] for name in kept),
         exported,
-        (max(lost, 0.0) / total) ** 0.5 if total else 0.0,
+        (lost / total) ** 0.5 if total else 0.0,
         trials,
         others,
     )
+    (folder / "README.md").write_text(_model_card(done, config), encoding="utf-8")
+    return done
 
 
 # ---- reading ------------------------------------------------------------------------------------
@@ -292,3 +296,37 @@ def _target_modules(model: Any, pairs: list[Pair]) -> list[str]:
         if name.rpartition(".")[2] in leaves and name not in names and not inside:
             return sorted(names)
     return sorted(leaves)
+
+
+def _model_card(done: Export, config: Any) -> str:
+    base, task = config.base_model_name_or_path or "unknown", config.task_type
+    readers = "any LoRA server" if done.server_shaped else "peft and what is built on it"
+    table = "\n".join(f"| `{name}` | {rank} |" for name, rank in done.ranks.items())
+    return f"""---
+base_model: {base}
+library_name: peft
+tags:
+- lora
+- geolora
+---
+
+# LoRA adapter for {base}
+
+Written by geolora {__version__} in the {done.layout} layout, for {readers}{f" ({task})" if task else ""}.
+
+- directions in use: {sum(done.ranks.values())} in {len(done.ranks)} layers, {done.adapter_parameters:,} parameters
+- numbers in the file: {done.exported_parameters:,}
+- beside the pairs: {", ".join(f"`{key}`" for key in done.others) or "nothing"}
+
+```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "this folder")
+```
+
+`geolora verify` checks that it computes what was trained; `geolora inspect` shows its spectra.
+
+| layer | rank |
+|---|---|
+{table}
+"""
