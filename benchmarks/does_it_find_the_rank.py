@@ -63,7 +63,7 @@ def relative(W: Tensor, wanted: Tensor) -> float:
 
 
 def train(layer: Layer, optimizer: torch.optim.Optimizer, loss, steps: int = STEPS):
-    """Loss and gradient norm are of the caller's loss; yields W after every step."""
+    """Descend a loss of W; yields W after every step."""
     for _ in range(steps):
         optimizer.zero_grad()
         loss(layer.W).backward()
@@ -72,7 +72,7 @@ def train(layer: Layer, optimizer: torch.optim.Optimizer, loss, steps: int = STE
 
 
 def regression(n: int, start: int, lr: float, dtype: torch.dtype) -> dict:
-    """One GeoLoRA run: errors, and the settled rank after every step."""
+    """One GeoLoRA run: errors and settled ranks along the way, and where it ended."""
     layer, wanted = Layer(n, R, dtype), target(n)
     goal = wanted.to(dtype)
     optimizer = geolora.GeoLoRA(layer.model, lr=lr, moments="none", start_rank=start, tail=1e-3)
@@ -89,7 +89,9 @@ def regression(n: int, start: int, lr: float, dtype: torch.dtype) -> dict:
 
 
 def thin(values: list) -> list:
-    return [round(v, 12) if isinstance(v, float) else v for v in values[::10]] + values[-1:]
+    """Every tenth value and the last, to four digits."""
+    kept = [*values[::10], values[-1]]
+    return [float(f"{v:.4g}") if isinstance(v, float) else v for v in kept]
 
 
 def floored(values: list[float]) -> list[float]:
@@ -209,7 +211,7 @@ def gradient_path(n: int = 100, steps: int = 200, lr: float = 0.05) -> dict:
 
 
 def draw(results: dict) -> None:
-    """One figure of five panels from the results alone."""
+    """One figure of six panels from the results alone."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(15, 8.5), layout="constrained")

@@ -8,7 +8,7 @@ from torch import nn
 
 import geolora
 from geolora.errors import PairingError, SettingError, UnpairedParametersWarning
-from geolora.pairs import find_pairs
+from geolora.pairs import find_pairs, refuse_unreachable
 from models import lora_net
 
 
@@ -98,6 +98,14 @@ def test_sharded_factors_are_refused() -> None:
     weight.placements = ("Shard(0)",)
     with pytest.raises(geolora.errors.SetupError, match="`linear` are sharded.*DDP"):
         geolora.GeoLoRA(model)
+
+
+def test_factors_on_mps_are_refused() -> None:
+    from types import SimpleNamespace
+
+    factor = SimpleNamespace(device=torch.device("mps"), ndim=2)
+    with pytest.raises(geolora.errors.SetupError, match="`layer` are on MPS.*use_cpu"):
+        refuse_unreachable("layer", factor)
 
 
 def test_a_rank_above_the_smaller_side_is_refused() -> None:

@@ -299,7 +299,8 @@ def _target_modules(model: Any, pairs: list[Pair]) -> list[str]:
 
 
 def _model_card(done: Export, config: Any) -> str:
-    base, task = config.base_model_name_or_path or "unknown", config.task_type
+    base = config.base_model_name_or_path or "unknown"
+    title = Path(base).name if Path(base).is_dir() else base
     readers = "any LoRA server" if done.server_shaped else "peft and what is built on it"
     table = "\n".join(f"| `{name}` | {rank} |" for name, rank in done.ranks.items())
     return f"""---
@@ -310,9 +311,9 @@ tags:
 - geolora
 ---
 
-# LoRA adapter for {base}
+# LoRA adapter for {title}
 
-Written by geolora {__version__} in the {done.layout} layout, for {readers}{f" ({task})" if task else ""}.
+Written by geolora {__version__} in the {done.layout} layout, for {readers}.
 
 - directions in use: {sum(done.ranks.values())} in {len(done.ranks)} layers, {done.adapter_parameters:,} parameters
 - numbers in the file: {done.exported_parameters:,}

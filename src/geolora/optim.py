@@ -44,7 +44,7 @@ from geolora.pairs import (
     check_budget,
     find_pairs,
     refuse_frozen,
-    refuse_sharded,
+    refuse_unreachable,
     unpaired_lora_layers,
 )
 
@@ -223,7 +223,7 @@ class GeoLoRA(torch.optim.Optimizer):
         lead = group["params"][0]
         state = self.state[lead]
         if not state:
-            refuse_sharded(group["layers"][0], *group["params"])
+            refuse_unreachable(group["layers"][0], *group["params"])
             make_masters(state, group)
         right, left = self._maps(index, group, state)
         grad_A, grad_B = stacked_gradients(group["params"], state["U"].dtype)
@@ -256,10 +256,9 @@ class GeoLoRA(torch.optim.Optimizer):
                 and torch.equal(B[i].to(b.dtype), b.flatten(1))
             )
         ]
-        self._seen[index] = fingerprints(group["params"])
         if not stale:
+            self._seen[index] = fingerprints(group["params"])
             return right, left
-        del self._seen[index]  # not in balanced form until the next write
         right, left = right.diag_embed(), left.diag_embed()
         for i in stale:
             a, b = (p.flatten(1) for p in group["params"][2 * i : 2 * i + 2])

@@ -14,6 +14,7 @@ With `adapter.py` and `saved.py` the only place that knows PEFT.
 | AdaLoRA                                                   | refused: three factors           |
 | tied pairs (shared storage)                               | refused: one matrix, two layers  |
 | tensor-parallel, DTensor, ZeRO-partitioned factors        | refused: the step needs whole A, B |
+| factors on MPS                                            | refused: no float64, no QR       |
 | one of the two factors frozen                             | refused                          |
 """
 
@@ -159,7 +160,7 @@ def _refuse(name: str, layer: Any, adapter: str) -> None:
 
 
 def _check(pair: Pair) -> None:
-    refuse_sharded(pair.name, pair.A, pair.B)
+    refuse_unreachable(pair.name, pair.A, pair.B)
     if pair.r > min(pair.d_out, pair.d_in):
         raise SettingError(
             f"geolora: rank must be at most min(d_out, d_in); got r={pair.r} for "
@@ -194,9 +195,14 @@ def check_budget(pairs: list[Pair], budget: int | None) -> None:
         )
 
 
-def refuse_sharded(name: str, *factors: torch.Tensor) -> None:
-    """Raise `SetupError` for factors that are parts of a matrix (DTensor, ZeRO)."""
+def refuse_unreachable(name: str, *factors: torch.Tensor) -> None:
+    """Raise `SetupError` for factors that are parts of a matrix (DTensor, ZeRO) or on MPS."""
     for factor in factors:
+        if factor.device.type == "mps":
+            raise SetupError(
+                f"geolora: the factors of `{name}` are on MPS, which has neither float64 nor a QR. "
+                "Use the CPU (in TrainingArguments: use_cpu=True)."
+            )
         if hasattr(factor, "ds_shape") or hasattr(factor, "ds_id") or factor.ndim < 2:
             raise SetupError(
                 f"geolora: the factors of `{name}` are partitioned (DeepSpeed ZeRO hands over flat "

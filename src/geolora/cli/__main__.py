@@ -1,6 +1,7 @@
 """`geolora demo | train | inspect | export | verify`: wiring and the one-line errors."""
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -25,7 +26,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong on one line, exit code 2."""
-        self.exit(2, f"geolora: {message}. See {self.prog} --help.\n")
+        message = message if message.endswith("?") else f"{message.rstrip('.')}."
+        self.exit(2, f"geolora: {message} See {self.prog} --help.\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -44,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(
             name,
             help=summary,
-            description=summary,
+            description=summary[0].upper() + summary[1:],
             epilog=module.EXAMPLES,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
@@ -60,20 +62,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = build_parser()
     if arguments and arguments[0][0] != "-" and arguments[0] not in COMMANDS:
-        parser.error(
-            f"unknown command `{arguments[0]}`.{nearest(arguments[0], COMMANDS)}".rstrip(".")
-        )
+        parser.error(f"unknown command `{arguments[0]}`.{nearest(arguments[0], COMMANDS)}")
     parsed, unknown = parser.parse_known_args(arguments)
     if unknown:
         known = [flag for action in parsed.parser._actions for flag in action.option_strings]
-        parsed.parser.error(
-            f"unknown argument `{unknown[0]}`.{nearest(unknown[0], known)}".rstrip(".")
-        )
+        parsed.parser.error(f"unknown argument `{unknown[0]}`.{nearest(unknown[0], known)}")
     try:
         parsed.run(parsed)
     except GeoloraError as error:
         print(f"geolora: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print("geolora: stopped.", file=sys.stderr)
         return 130

@@ -334,6 +334,7 @@ def _arguments(config: TrainConfig, total: int) -> Any:
         save_total_limit=2,
         seed=config.seed,
         report_to="none",
+        use_cpu=torch.backends.mps.is_available(),  # MPS has neither float64 nor a QR
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
     )
