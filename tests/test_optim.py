@@ -283,6 +283,26 @@ def test_layers_without_a_gradient_stand_still() -> None:
     assert not torch.equal(snapshot(model)[name], after[name])
 
 
+def test_layers_never_used_count_in_the_budget_but_not_more_than_they_hold() -> None:
+    model = lora_net(r=6)
+    cost = {name: A.shape[1] + B.shape[0] for name, A, B, _ in pairs_of(model)}
+    optimizer = geolora.GeoLoRA(model, lr=1e-3, budget=150, tail=0.0, prune_every=6)
+    for _ in range(9):
+        backward(model)
+        for name, p in model.named_parameters():
+            if ".second." in name or ".down." in name:
+                p.grad = None
+        optimizer.step()
+    assert optimizer.adapter_parameters() <= 150
+    ranks = geolora.ranks(model)
+    assert ranks["first"] == 4, "what the others do not hold is left to it"
+    assert ranks["second"] == ranks["down"] == 0
+    assert sum(rank * cost[name] for name, rank in ranks.items()) <= 150
+    losses = train(model, optimizer, 12)
+    assert losses[-1] < losses[0], "and they can still be trained"
+    assert min(geolora.ranks(model).values()) == 1
+
+
 def test_training_lowers_the_loss_and_the_head_is_trained() -> None:
     for moments in MOMENTS:
         torch.manual_seed(0)

@@ -216,9 +216,9 @@ class GeoLoRA(torch.optim.Optimizer):
     # ---- reading -------------------------------------------------------------------------------
 
     def _read(self, index: int, group: dict[str, Any]) -> "_Move | None":
-        """Masters, tangent gradient and momentum of a bucket; None where no pair has a gradient."""
+        """Masters and tangent gradient of a bucket; None where there is nothing to do."""
         live = [A.grad is not None and B.grad is not None for A, B in pairs_of(group["params"])]
-        if not any(live):
+        if not any(live) and phase_of(group) != "judge":
             return None
         lead = group["params"][0]
         state = self.state[lead]
@@ -333,7 +333,7 @@ class GeoLoRA(torch.optim.Optimizer):
             L = L + group["momentum"] * state["L"]
             move = move._replace(K=K, L=L)
         lr = float(group["lr"])
-        if lr == 0.0:
+        if lr == 0.0 or not any(move.live):
             return move
         soften = None
         if group["moments"] == "adaptive":
@@ -347,31 +347,24 @@ class GeoLoRA(torch.optim.Optimizer):
 
     def _judged(self, moves: list["_Move"]) -> list["_Move"]:
         """Cut every bucket whose cycle says so, by tail and then by the budget over all layers."""
-        if not any(phase_of(move.group) == "judge" and move.written for move in moves):
+        if not all(phase_of(m.group) == "judge" and m.group["lr"] != 0 for m in moves):
             return moves
-        live = [(move, i) for move in moves for i, alive in enumerate(move.live) if alive]
-        rows = {move.place: move.new.sigma.double().cpu() for move in moves}
-        settings = moves[0].group
-        budget = settings["budget"]
-        if budget is not None:
-            paid = sum(move.group["ranks"][i] * move.group["cost"] for move, i in live)
-            budget -= self.adapter_parameters() - paid
+        # a layer without a gradient in this step is judged as it stands
+        due = [move._replace(new=_where(move.live, move.new, move.point)) for move in moves]
+        settings = self._geometric()[0]
         ranks = settled_ranks(
-            [rows[move.place][i] for move, i in live],
-            [move.group["cost"] for move, _ in live],
+            [sigma for move in due for sigma in move.new.sigma.double().cpu()],
+            [move.group["cost"] for move in due for _ in move.live],
             settings["tail"],
-            budget,
+            settings["budget"],
         )
-        for (move, i), rank in zip(live, ranks, strict=True):
-            move.group["ranks"][i] = rank
-        return [
-            move._replace(
-                new=method.cut(
-                    move.new, torch.tensor(move.group["ranks"], device=move.new.sigma.device)
-                )
-            )
-            for move in moves
-        ]
+        judged = []
+        for move in due:
+            move.group["ranks"], ranks = ranks[: len(move.live)], ranks[len(move.live) :]
+            kept = torch.tensor(move.group["ranks"], device=move.new.sigma.device)
+            new = method.cut(move.new, kept)
+            judged.append(move._replace(new=new, live=[True] * len(move.live), written=True))
+        return judged
 
     # ---- writing -------------------------------------------------------------------------------
 
@@ -388,12 +381,10 @@ class GeoLoRA(torch.optim.Optimizer):
             if move.written:
                 K, L = transport(K, L, old.U, old.V, new.U, new.V)
             carried = {"K": K, "L": L}
-        fresh = {"U": new.U, "sigma": new.sigma, "V": new.V, **carried}
+        fresh = {**new._asdict(), **carried}
         if not all(move.live):
             live = torch.tensor(move.live, device=new.sigma.device)
-            for key, value in fresh.items():
-                mask = live.view(-1, *[1] * (value.dim() - 1))
-                fresh[key] = torch.where(mask, value, state[key])
+            fresh = {k: torch.where(_rows(live, v), v, state[k]) for k, v in fresh.items()}
         state.update(fresh)
         if not move.written:
             return
@@ -507,6 +498,17 @@ class _Move(NamedTuple):
     L: Tensor
     new: method.Point
     written: bool
+
+
+def _rows(live: Tensor, like: Tensor) -> Tensor:
+    """A mask over the first dimension, ready to broadcast."""
+    return live.view(-1, *[1] * (like.dim() - 1))
+
+
+def _where(live: list[bool], new: method.Point, old: method.Point) -> method.Point:
+    """The new point of the layers that are live, the old one of the others."""
+    mask = torch.tensor(live, device=new.sigma.device)
+    return method.Point(*(torch.where(_rows(mask, a), a, b) for a, b in zip(new, old, strict=True)))
 
 
 def _firsts(state_dict: dict[str, Any]) -> list[dict[str, Any] | None]:
