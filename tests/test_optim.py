@@ -374,7 +374,7 @@ def test_schedulers_and_extra_groups() -> None:
     extra.grad = torch.ones_like(extra)
     optimizer.step()
     scheduler.step()
-    assert [group["lr"] for group in optimizer.param_groups] == [5e-4, 5e-4, 5e-3, 5e-4]
+    assert [group["lr"] for group in optimizer.param_groups] == [5e-4, 5e-4, 5e-3, 5e-3]
     assert bool((extra < 1).all())
 
 
@@ -475,6 +475,8 @@ def test_partitioned_factors_are_refused() -> None:
         ({"tail": 1.0}, "`tail`.*1.0"),
         ({"prune_every": 0}, "`prune_every`"),
         ({"start_rank": 0}, "`start_rank`"),
+        ({"settle_after": -1}, "`settle_after`.*-1"),
+        ({"budget": 99, "prune_every": None}, "`budget`.*None where"),
         ({"start_rank": 5}, "`start_rank`.*5.*r=4"),
         ({"max_tangent_norm": 0.0}, "`max_tangent_norm`"),
         ({"adapter_name": "other"}, "`adapter_name`.*default.*'other'"),

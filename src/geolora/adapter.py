@@ -16,10 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from geolora import __version__
-from geolora.errors import AdapterError, GeoloraWarning, SettingError
+from geolora.errors import AdapterError, GeoloraWarning, SettingError, at_most_three
 from geolora.factors import read_pair, slot_ranks, to_pair
 from geolora.kernels.truncate import settled_ranks
-from geolora.pairs import PREFIX, Pair, adapter_of, check_budget, find_pairs
+from geolora.pairs import (
+    PREFIX,
+    Pair,
+    adapter_of,
+    check_budget,
+    find_pairs,
+    unpaired_lora_layers,
+)
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -132,7 +139,7 @@ def export(
 ) -> Export:
     """Write a PEFT adapter that stock `peft` loads, with probes for `verify` beside it.
 
-    Trained heads and biases are kept. Directions that were never judged are left out, with a
+    Trained heads and biases are kept; `verify` does not check them. Directions that were never judged are left out, with a
     warning. The model is not changed.
 
     Args:
@@ -163,6 +170,7 @@ def export(
         )
     adapter_name = adapter_of(model, adapter_name)
     pairs = find_pairs(model, adapter_name)
+    _refuse_what_a_file_cannot_hold(model, adapter_name, pairs)
     _check_rank(pairs, layout, rank)
     points, settled = _points(pairs)
     trials = sum(sigma.numel() - settled[name] for name, (_, sigma, _) in points.items())
@@ -182,16 +190,21 @@ def export(
     for pair in pairs:
         A, B = _padded_pair(points[pair.name], kept[pair.name], widths[pair.name], pair)
         A, B = A.to(pair.A.dtype), B.to(pair.B.dtype)
-        probes |= _probes_of(pair, A, B)
+        probes |= _probes_of(pair, points[pair.name], kept[pair.name])
         kernel = pair.A.shape[1:], pair.B.shape[2:]
         tensors[f"{PREFIX}{pair.name}.lora_A.weight"] = A.view(-1, *kernel[0])
         tensors[f"{PREFIX}{pair.name}.lora_B.weight"] = B.view(*B.shape, *kernel[1])
         exported += A.numel() + B.numel()
-    others = sorted(key for key in tensors if ".lora_A." not in key and ".lora_B." not in key)
+        bias = f"{PREFIX}{pair.name}.lora_B.bias"
+        if bias in tensors:  # peft multiplies it by the scale, which is 1 in the file
+            tensors[bias] = pair.scale * tensors[bias]
+    others = sorted(
+        key for key in tensors if not key.endswith((".lora_A.weight", ".lora_B.weight"))
+    )
 
     folder = Path(path)
     (folder / PROBES).parent.mkdir(parents=True, exist_ok=True)
-    whole = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    whole = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
     save_file(whole, folder / WEIGHTS, metadata={"format": "pt"})
     save_file(probes, folder / PROBES)
     config = _exported_config(model, adapter_name, pairs, layout, widths)
@@ -242,15 +255,37 @@ def _padded_pair(
     return A, B
 
 
-def _probes_of(pair: Pair, A: Tensor, B: Tensor) -> dict[str, Tensor]:
-    """Inputs x and W x for the factors as they stand in the file, float32."""
+def _probes_of(pair: Pair, point: tuple[Tensor, Tensor, Tensor], rank: int) -> dict[str, Tensor]:
+    """Inputs x and W x (n, 4), float32, for the trained W cut to `rank`.
+
+    From U, sigma and V, not from the tensors of the file: `verify` is to notice a wrong file.
+    """
     generator = torch.Generator().manual_seed(zlib.crc32(pair.name.encode()))
     x = torch.randn(pair.d_in, PROBE_COUNT, generator=generator, dtype=torch.float64)
-    y = B.cpu().double() @ (A.cpu().double() @ x)
-    return {f"{pair.name}.x": x.float(), f"{pair.name}.y": y.float()}
+    U, sigma, V = (part[..., :rank].cpu() for part in point)
+    return {f"{pair.name}.x": x.float(), f"{pair.name}.y": ((U * sigma) @ (V.mT @ x)).float()}
 
 
 # ---- writing ------------------------------------------------------------------------------------
+
+
+def _refuse_what_a_file_cannot_hold(model: Any, adapter_name: str, pairs: list[Pair]) -> None:
+    start = model.peft_config[adapter_name].init_lora_weights
+    if start not in (True, False, "gaussian", "orthogonal", "eva"):
+        raise AdapterError(
+            f"export: the start {start!r} changed the base weights, so the pairs alone are not the "
+            "adapter. Use peft's save_pretrained with path_initial_model_for_weight_conversion."
+        )
+    if nested := [pair.name for pair in pairs if ".base_layer." in pair.name]:
+        raise AdapterError(
+            f"export: `{nested[0]}` is a layer inside a MultiheadAttention, which peft names "
+            "differently on load. Use peft's save_pretrained."
+        )
+    if embeddings := unpaired_lora_layers(model, adapter_name):
+        raise AdapterError(
+            f"export: LoRA on embeddings ({at_most_three(embeddings)}) has another rank and scale "
+            "rule than the pairs. Use peft's save_pretrained, or leave embeddings out."
+        )
 
 
 def _check_rank(pairs: list[Pair], layout: str, rank: int | None) -> None:

@@ -140,6 +140,7 @@ def slot_ranks(A: Tensor, B: Tensor) -> tuple[int, int]:
     trial = (ratio / TRIAL**2 - 1).abs() < close
     unit = B[:, active] / on_B[active]
     gram = unit.mT @ unit - torch.eye(count, dtype=unit.dtype, device=unit.device)
-    if not bool((balanced | trial).all()) or gram.abs().max() > close:
+    judged = balanced & ~trial  # there is always one
+    if not bool(judged.any() and (balanced | trial).all()) or gram.abs().max() > close:
         return count, 0
     return count, int(trial.sum())

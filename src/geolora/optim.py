@@ -133,6 +133,10 @@ class GeoLoRA(torch.optim.Optimizer):
         _demand("tail", tail, 0 <= tail < 1, "in [0, 1)")
         _demand("prune_every", prune_every, prune_every is None or prune_every >= 1, "None or >= 1")
         _demand("start_rank", start_rank, start_rank is None or start_rank >= 1, "None or >= 1")
+        judged = settle_after is None or settle_after >= 0
+        _demand("settle_after", settle_after, judged, "None or >= 0")
+        kept = budget is None or prune_every is not None or settle_after is not None
+        _demand("budget", budget, kept, "None where `prune_every` and `settle_after` are None")
         bounded = max_tangent_norm is None or max_tangent_norm > 0
         _demand("max_tangent_norm", max_tangent_norm, bounded, "None or > 0")
 
@@ -169,7 +173,7 @@ class GeoLoRA(torch.optim.Optimizer):
                 UnpairedParametersWarning,
                 stacklevel=2,
             )
-        super().__init__(groups, {"lr": lr})
+        super().__init__(groups, {"lr": lr, "rest_lr": rest_lr})
 
     def settled_ranks(self) -> dict[str, int]:
         """{layer: rank} as last judged; before the first step the starting rank."""
@@ -480,6 +484,7 @@ class GeoLoRA(torch.optim.Optimizer):
         """Add parameters for AdamW; pairs are found when the optimizer is built, not here."""
         if "kind" not in param_group:
             param_group.setdefault("kind", "rest")
+            param_group.setdefault("lr", self.defaults["rest_lr"])
             for key, value in (("betas", (0.9, 0.999)), ("eps", 1e-8), ("weight_decay", 0.0)):
                 param_group.setdefault(key, value)
         super().add_param_group(param_group)

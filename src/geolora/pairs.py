@@ -6,7 +6,7 @@ With `adapter.py` and `saved.py` the only place that knows PEFT.
 |-----------------------------------------------------------|----------------------------------|
 | Linear, HF Conv1D, every quantised Linear                 | yes: A (r, d_in), B (d_out, r)   |
 | Conv1d / Conv2d / Conv3d, groups = 1                      | yes: kernel flattened into d_in  |
-| MultiheadAttention                                        | yes: its two pairs are plain     |
+| MultiheadAttention                                        | trained; not exported by us      |
 | Embedding                                                 | no: AdamW, with a warning        |
 | grouped convolution                                       | refused: block structure         |
 | DoRA and every other variant (QALoRA, aLoRA, KaSA, …)     | refused: not W0 + s B A          |
@@ -94,13 +94,10 @@ def find_pairs(model: nn.Module, adapter_name: str | None = None) -> list[Pair]:
     return pairs
 
 
-def unpaired_lora_layers(model: nn.Module) -> list[str]:
-    """Names of LoRA layers with trainable factors that have no pair (embeddings)."""
-    return [
-        name
-        for name, layer in _lora_layers(model)
-        if any(p.requires_grad for p in layer.lora_embedding_A.values())
-    ]
+def unpaired_lora_layers(model: nn.Module, adapter_name: str | None = None) -> list[str]:
+    """Names of the adapter's LoRA layers that are no pairs (embeddings)."""
+    adapter = adapter_of(model, adapter_name)
+    return [name for name, layer in _lora_layers(model) if adapter in layer.lora_embedding_A]
 
 
 def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -5,6 +5,7 @@ Any PEFT LoRA adapter can be inspected; `verify` needs the probes that `export` 
 
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from geolora.adapter import CONFIG, PROBES, WEIGHTS
-from geolora.errors import AdapterError, VerificationError
+from geolora.errors import AdapterError, SettingError, VerificationError
 from geolora.factors import read_pair
 from geolora.kernels.truncate import rank_by_tail
 from geolora.pairs import PREFIX
@@ -40,7 +41,8 @@ def verify(path: str | Path, base: nn.Module | str | Path | None = None) -> dict
     Args:
         path: folder written by `export`.
         base: the base model, fresh, or where to load it from; None for the name in the adapter.
-            A module is given back unchanged.
+            A module is given back without the adapter (where the adapter trained the base's own
+            biases, with those).
 
     Returns:
         {layer: max|dW x - expected| / max|expected|}, where expected is zero the absolute error.
@@ -49,7 +51,6 @@ def verify(path: str | Path, base: nn.Module | str | Path | None = None) -> dict
         VerificationError: a layer is missing, superfluous or computes something else.
         AdapterError: no adapter, or no probes, in the folder.
     """
-    from peft import PeftModel
     from safetensors.torch import load_file
 
     folder = Path(path)
@@ -61,12 +62,15 @@ def verify(path: str | Path, base: nn.Module | str | Path | None = None) -> dict
     probes = load_file(folder / PROBES)
     if base is None or isinstance(base, str | Path):
         base = load_base(folder, base)
-    loaded = PeftModel.from_pretrained(base, str(folder))
+    needed = [p for p in base.parameters() if p.requires_grad]
+    stored = _stored_dtype(folder)
+    loaded = _over(base, folder)
     try:
-        errors = _probe_errors(loaded, probes)
+        return _probe_errors(loaded, probes, stored)
     finally:
         loaded.unload()
-    return errors
+        for p in needed:  # peft froze them
+            p.requires_grad = True
 
 
 def inspect(path: str | Path, tail: float = 0.25) -> list[LayerReport]:
@@ -83,6 +87,8 @@ def inspect(path: str | Path, tail: float = 0.25) -> list[LayerReport]:
     from safetensors.torch import load_file
 
     folder = Path(path)
+    if not 0 <= tail < 1:
+        raise SettingError(f"inspect: `tail` must be in [0, 1); got {tail}.")
     _demand_adapter(folder)
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     tensors = load_file(folder / WEIGHTS)
@@ -111,16 +117,45 @@ def load_adapter(path: str | Path, base: str | Path | None = None) -> Any:
     Raises:
         AdapterError: no adapter in the folder, or a base model that cannot be loaded.
     """
-    from peft import PeftModel
-
     folder = Path(path)
     _demand_adapter(folder)
-    return PeftModel.from_pretrained(load_base(folder, base), str(folder))
+    return _over(load_base(folder, base), folder)
+
+
+def _over(base: nn.Module, folder: Path) -> Any:
+    """PeftModel of a base and a saved adapter; every tensor of the file must find its place."""
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    name = type(base).__name__
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # missing keys: told below, by name
+            loaded = PeftModel.from_pretrained(base, str(folder))
+            held = get_peft_model_state_dict(loaded)
+    except (ValueError, RuntimeError, KeyError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise AdapterError(f"geolora: {folder} does not fit {name}: {first}") from error
+    wrong = sorted(set(held) ^ set(load_file(folder / WEIGHTS)))
+    if wrong:
+        raise AdapterError(
+            f"geolora: {folder} does not fit {name}: `{wrong[0]}` is only in one of them. Give the "
+            "model the adapter was trained on, with its head."
+        )
+    return loaded
+
+
+def _stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype of the pairs in the file."""
+    from safetensors.torch import load_file
+
+    return next(t.dtype for k, t in load_file(folder / WEIGHTS).items() if ".lora_A." in k)
 
 
 def load_base(folder: Path, base: str | Path | None = None) -> nn.Module:
     """The base model an adapter folder belongs to, loaded with `transformers`."""
     import transformers
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -129,23 +164,27 @@ def load_base(folder: Path, base: str | Path | None = None) -> nn.Module:
         raise AdapterError(
             f"geolora: {folder / CONFIG} names no base model. Say which one with `base`."
         )
-    kinds = {"SEQ_CLS": "AutoModelForSequenceClassification", "CAUSAL_LM": "AutoModelForCausalLM"}
-    auto = getattr(transformers, kinds.get(config.get("task_type") or "", "AutoModel"))
     options = {}
     if config.get("task_type") == "SEQ_CLS":
         heads = [
             value.shape[0]
             for key, value in load_file(folder / WEIGHTS).items()
-            if value.dim() == 2 and re.search(r"(classifier|score)(\.out_proj)?\.weight$", key)
+            if value.dim() == 2
+            and re.search(r"(^|\.)(classifier|score)(\.out_proj)?\.weight$", key)
         ]
         options = {"num_labels": heads[-1]} if heads else {}
     logging = transformers.utils.logging
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # the head comes with the adapter
     logging.disable_progress_bar()
+    kinds = {"SEQ_CLS": "AutoModelForSequenceClassification", "CAUSAL_LM": "AutoModelForCausalLM"}
     try:
-        return auto.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
+        auto = kinds.get(config.get("task_type") or "")
+        if auto is None:  # the class the base was saved as
+            saved_as = transformers.AutoConfig.from_pretrained(name).architectures or ["AutoModel"]
+            auto = saved_as[0] if hasattr(transformers, saved_as[0]) else "AutoModel"
+        return getattr(transformers, auto).from_pretrained(name, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
         raise AdapterError(f"geolora: base model `{name}` cannot be loaded: {first}") from error
     finally:
@@ -157,7 +196,9 @@ def as_rows(reports: list[LayerReport]) -> list[dict[str, Any]]:
     return [asdict(report) for report in reports]
 
 
-def _probe_errors(loaded: nn.Module, probes: Mapping[str, Tensor]) -> dict[str, float]:
+def _probe_errors(
+    loaded: nn.Module, probes: Mapping[str, Tensor], stored: torch.dtype
+) -> dict[str, float]:
     from peft.tuners.lora import LoraLayer
 
     layers: dict[str, Any] = {
@@ -180,8 +221,7 @@ def _probe_errors(loaded: nn.Module, probes: Mapping[str, Tensor]) -> dict[str, 
         got = delta.flatten(1).double() @ x.double()
         size = float(y.abs().max())
         errors[name] = float((got - y).abs().max()) / (size or 1.0)
-        stored = next(iter(layer.lora_A.values())).weight.dtype
-        bound = 100 * max(torch.finfo(stored).eps, torch.finfo(torch.float32).eps)
+        bound = max(100 * torch.finfo(torch.float32).eps, 2 * torch.finfo(stored).eps)
         if not errors[name] <= bound:
             raise VerificationError(
                 f"verify: layer `{name}` must compute what was trained; relative error "
@@ -204,8 +244,16 @@ def _saved_scale(config: dict[str, Any], name: str) -> float:
 
 
 def _demand_adapter(folder: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise AdapterError(
                 f"geolora: `path` must be a PEFT adapter folder; {folder} has no {name}."
             )
+    try:
+        json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        load_file(folder / WEIGHTS)
+    except (ValueError, OSError, SafetensorError) as error:
+        raise AdapterError(f"geolora: {folder} cannot be read: {error}.") from error

@@ -4,6 +4,7 @@ import csv
 import difflib
 import gzip
 import json
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def read_rows(path: str | Path, flag: str) -> list[Row]:
 
 
 def _read_csv(path: Path) -> list[Row]:
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -124,12 +125,15 @@ def numbers(values: Sequence[Any], name: str, source: str) -> list[float]:
     result = []
     for number, value in enumerate(values, 1):
         try:
-            result.append(float(value))
+            found = float(value)
         except (TypeError, ValueError):
+            found = math.nan
+        if not math.isfinite(found):
             raise DataError(
-                f"`--label`: column `{name}` must hold numbers; row {number} of {source} has "
+                f"`--label`: column `{name}` must hold finite numbers; row {number} of {source} has "
                 f"{value!r}. Use --task text-classification for classes."
-            ) from None
+            )
+        result.append(found)
     return result
 
 
