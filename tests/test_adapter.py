@@ -130,6 +130,10 @@ def test_rslora_bf16_and_a_second_adapter(tmp_path: Path) -> None:
     assert all(value.dtype == torch.bfloat16 for value in tensors.values())
     assert not any("other" in key for key in tensors)
     assert geolora.verify(tmp_path, Net().to(torch.bfloat16)).keys() == done.ranks.keys()
+    for name, A, B, s in pairs_of(model):
+        loaded = [tensors[f"base_model.model.{name}.lora_{side}.weight"].float() for side in "AB"]
+        W = s * B.float() @ A.float()
+        assert (loaded[1] @ loaded[0] - W).norm() < 0.02 * W.norm(), "bf16 factors"
 
 
 def test_empty_layers_are_written_as_zeros(tmp_path: Path) -> None:
@@ -171,6 +175,47 @@ def test_a_conv_and_a_transposed_layer(tmp_path: Path) -> None:
         nn.init.normal_(B)
     geolora.export(model, tmp_path)
     assert max(geolora.verify(tmp_path, build()).values()) < 1e-5
+    loaded = {
+        n: s * B.flatten(1) @ A.flatten(1)
+        for n, A, B, s in pairs_of(PeftModel.from_pretrained(build(), str(tmp_path)))
+    }
+    for name, A, B, s in pairs_of(model):
+        assert close(loaded[name], s * B.flatten(1) @ A.flatten(1))
+
+
+def test_what_a_file_cannot_hold_is_refused(tmp_path: Path) -> None:
+    pissa = get_peft_model(
+        Net(), LoraConfig(r=2, target_modules=["first"], init_lora_weights="pissa")
+    )
+    with pytest.raises(AdapterError, match="'pissa' changed the base weights"):
+        geolora.export(pissa, tmp_path / "a")
+    net = nn.Sequential(nn.Embedding(9, 12), nn.Linear(12, 12), nn.MultiheadAttention(12, 2))
+    model = get_peft_model(net, LoraConfig(r=2, target_modules=["0", "1"]))
+    with pytest.raises(AdapterError, match=r"LoRA on embeddings \(0\)"):
+        geolora.export(model, tmp_path / "a")
+    net = nn.Sequential(nn.Embedding(9, 12), nn.Linear(12, 12), nn.MultiheadAttention(12, 2))
+    model = get_peft_model(net, LoraConfig(r=2, target_modules=["2"]))
+    with pytest.raises(AdapterError, match="inside a MultiheadAttention"):
+        geolora.export(model, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Adapter 'default'. 3 LoRA tensor")
+def test_biases_of_the_pairs_keep_their_scale(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = lora_net(r=2, scale=2.0, dtype=torch.float32, lora_bias=True)
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(p)
+    done = geolora.export(model, tmp_path)
+    assert "base_model.model.first.lora_B.bias" in done.others
+    torch.manual_seed(0)
+    x = torch.randn(5, D_IN)
+    torch.manual_seed(0)
+    loaded = PeftModel.from_pretrained(Net(), str(tmp_path))
+    model.eval()
+    torch.manual_seed(0)
+    assert close(loaded(x), model(x))
 
 
 def tiny_llama(folder: Path) -> Path:
@@ -217,11 +262,10 @@ def test_verify_notices_what_was_changed(tmp_path: Path) -> None:
     (tmp_path / CONFIG).write_text(json.dumps({**config, "lora_alpha": 2 * config["lora_alpha"]}))
     with pytest.raises(VerificationError, match="patterned rank or alpha"):
         geolora.verify(tmp_path, Net())
-    base = Net()
     (tmp_path / CONFIG).write_text(json.dumps(config))
-    keys = dict(base.named_modules()).keys()
-    geolora.verify(tmp_path, base)
-    assert dict(base.named_modules()).keys() == keys, "the base is given back"
+    geolora.verify(tmp_path, Net())
+    with pytest.raises(AdapterError, match=r"does not fit Sequential"):
+        geolora.verify(tmp_path, nn.Sequential(nn.Linear(3, 3)))
     (tmp_path / PROBES).unlink()
     with pytest.raises(AdapterError, match="must hold"):
         geolora.verify(tmp_path, Net())

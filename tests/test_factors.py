@@ -100,3 +100,5 @@ def test_other_adapters_have_no_trials() -> None:
     assert slot_ranks(A, B) == (R, 0)
     assert slot_ranks(*kinds()["stock"]) == (0, 0)
     assert slot_ranks(4 * A / A.norm(dim=1, keepdim=True), B / B.norm(dim=0)) == (R, 0)
+    one = A[:1] / A[0].norm() * 4, B[:, :1] / B[:, 0].norm()
+    assert slot_ranks(*one) == (1, 0), "a pair of ours always has a judged slot"

@@ -6,20 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from geolora.cli.__main__ import build_parser
-from models import tiny_bert
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    folder = tiny_bert(tmp_path / "base")
-    base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
-    ids = torch.randint(4, 20, (3, 8, 6))
-    loader = [{"input_ids": i, "labels": torch.randint(2, (8,))} for i in ids]
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1,
+    )  # fmt: skip
+    base = LlamaForCausalLM(config)
+    loader = [{"input_ids": i, "labels": i} for i in torch.randint(50, (3, 8, 6))]
     code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0]
     names: dict = {"base": base, "loader": loader}
     exec(compile(code, "README.md", "exec"), names)

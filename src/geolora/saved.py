@@ -41,8 +41,7 @@ def verify(path: str | Path, base: nn.Module | str | Path | None = None) -> dict
     Args:
         path: folder written by `export`.
         base: the base model, fresh, or where to load it from; None for the name in the adapter.
-            A module is given back without the adapter (where the adapter trained the base's own
-            biases, with those).
+            peft wraps and freezes a module that is given: pass one to spare.
 
     Returns:
         {layer: max|dW x - expected| / max|expected|}, where expected is zero the absolute error.
@@ -62,15 +61,7 @@ def verify(path: str | Path, base: nn.Module | str | Path | None = None) -> dict
     probes = load_file(folder / PROBES)
     if base is None or isinstance(base, str | Path):
         base = load_base(folder, base)
-    needed = [p for p in base.parameters() if p.requires_grad]
-    stored = _stored_dtype(folder)
-    loaded = _over(base, folder)
-    try:
-        return _probe_errors(loaded, probes, stored)
-    finally:
-        loaded.unload()
-        for p in needed:  # peft froze them
-            p.requires_grad = True
+    return _probe_errors(_over(base, folder), probes, _stored_dtype(folder))
 
 
 def inspect(path: str | Path, tail: float = 0.25) -> list[LayerReport]:

@@ -35,6 +35,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "broken.jsonl").write_text('{"text": "the film"}\n{"text": \n')
     (folder / "one.jsonl").write_text("\n".join(json.dumps({**r, "label": "good"}) for r in train))
     (folder / "gap.jsonl").write_text('{"text": "the film", "label": "good"}\n{"label": "bad"}')
+    (folder / "nan.jsonl").write_text('{"text": "the film", "label": NaN}')
+    (folder / "bom.csv").write_text(
+        "\ufefftext,label\n" + "the film was good,good\nthe plot was bad,bad\n" * 20
+    )
+    (folder / "latin.csv").write_bytes("text,label\ncaf\xe9,1\n".encode("latin-1"))
     (folder / "new.jsonl").write_text(json.dumps({"text": "the film", "label": "goods"}))
     return folder
 
@@ -185,6 +190,17 @@ def test_train_is_reproducible_and_goes_on_where_it_was_stopped(
         (["train", "--lr", "fast"], "--lr: invalid float value: 'fast'"),
         (["train", "--bugdet", "9"], "unknown argument `--bugdet`. Did you mean `--budget`?"),
         (["train", "--output", "{files}"], "`--output`: .* exists. Choose another folder"),
+        (["train", "--task", "text-regression", "--train", "{files}/nan.jsonl"], "finite numbers; row 1"),
+        (["train", "--train", "{files}/latin.csv"], "latin.csv cannot be read"),
+        (["train", "--max-length", "65"], "`--max-length` must be at most 64; got 65"),
+        (["train", "--seed", "-1"], "`--seed` must be 0 or above; got -1"),
+        (["train", "--epochs", "inf"], "`--epochs` must be finite"),
+        (["train", "--method", "lora", "--lr", "-1"], "`--lr` must be a number >= 0; got -1.0"),
+        (["train", "--output", "{files}/train.csv/out"], "cannot be made in"),
+        (["train", "--output", "{files}", "--overwrite"], "holds .*, which is read"),
+        (["train", "--output", "{files}/..", "--overwrite"], "holds .*, which is read"),
+        (["export", "{files}", "{files}", "--overwrite"], "was not written by geolora"),
+        (["demo", "--steps", "0", "--output", "{out}"], "`--steps` must be above 0"),
         (["tarin"], "unknown command `tarin`. Did you mean `train`?"),
         ([], "the following arguments are required: COMMAND"),
         (["inspect", "{files}"], "must be a PEFT adapter folder; .* has no adapter_config.json"),
@@ -239,6 +255,131 @@ def test_inspect_export_verify(geolora: Callable, files: Path, tmp_path: Path) -
     assert "relative error" in out
     assert geolora("export", adapter, tmp_path / "one", "--rank", "99")[0] == 2
     assert geolora("export", adapter, tmp_path / "one", "--rank", "2", "--overwrite")[0] == 0
+
+
+def test_export_keeps_the_old_folder_until_the_new_one_is_whole(
+    geolora: Callable, tmp_path: Path
+) -> None:
+    assert geolora("train")[0] == 0
+    adapter = tmp_path / "out" / "adapter"
+    before = {path.name: path.read_bytes() for path in adapter.iterdir() if path.is_file()}
+    for words in (["--rank", "99"], ["--layout", "flat"]):
+        assert geolora("export", adapter, adapter, "--overwrite", *words)[0] == 2
+        assert {p.name: p.read_bytes() for p in adapter.iterdir() if p.is_file()} == before
+    assert geolora("export", adapter, adapter, "--overwrite", "--layout", "compact")[0] == 0
+    assert geolora("verify", adapter)[0] == 0
+    (adapter / "adapter_model.safetensors").write_bytes(b"torn")
+    for words in (["verify", adapter], ["inspect", adapter]):
+        code, _, err = geolora(*words)
+        assert code == 2
+        assert "cannot be read" in err
+
+
+def test_an_adapter_of_another_task_is_loaded_over_its_own_class(
+    geolora: Callable, tmp_path: Path
+) -> None:
+    """Without a task type the class is the one the base was saved as."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import geolora as library
+
+    config = LlamaConfig(
+        vocab_size=30, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear"))
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p)
+    library.export(model, tmp_path / "adapter")
+    assert geolora("verify", tmp_path / "adapter")[0] == 0
+    code, out, _ = geolora("export", tmp_path / "adapter", tmp_path / "again")
+    assert code == 0
+    assert "largest rank 2" in out
+    code, _, err = geolora("verify", tmp_path / "adapter", "--base", tmp_path / "adapter")
+    assert code == 2
+    assert "cannot be loaded" in err
+
+
+@pytest.mark.parametrize("kind", ["distilbert", "deberta-v2", "bart"])
+def test_models_whose_heads_differ(
+    geolora: Callable, files: Path, tmp_path: Path, kind: str
+) -> None:
+    """New layers of any name are trained in full, saved, and not adapted."""
+    import shutil
+
+    from transformers import AutoConfig, AutoModel
+
+    sizes = {
+        "distilbert": {"dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 48},
+        "deberta-v2": {
+            "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "intermediate_size": 48,
+        },
+        "bart": {
+            "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+            "decoder_attention_heads": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48,
+            "eos_token_id": 3,
+        },
+    }[kind]  # fmt: skip
+    folder = tmp_path / kind
+    shutil.copytree(files / "model", folder)
+    config = AutoConfig.for_model(
+        kind, vocab_size=24, max_position_embeddings=64, pad_token_id=0, **sizes
+    )
+    AutoModel.from_config(config).save_pretrained(folder)
+    code, _, err = geolora("train", "--model", folder, "--max-steps", 6)
+    assert code == 0, err
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    scores = []
+    for seed in (
+        1,
+        2,
+    ):  # a fresh base has other random layers; the file must bring the trained ones
+        torch.manual_seed(seed)
+        base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
+        model = PeftModel.from_pretrained(base, str(tmp_path / "out" / "adapter")).eval()
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "adapter")
+        texts = [row["text"] for row in reviews(60, seed=1)]
+        with torch.no_grad():
+            scores.append(model(**tokenizer(texts, padding=True, return_tensors="pt")).logits)
+    assert torch.equal(*scores)
+    names = json.loads((tmp_path / "out" / "labels.json").read_text())
+    rows = zip(scores[0].argmax(-1), reviews(60, seed=1), strict=True)
+    assert sum(names[int(i)] == row["label"] for i, row in rows) / 60 == pytest.approx(
+        report["value"]
+    )
+
+
+def test_an_unfinished_run_over_other_data_is_refused(
+    geolora: Callable, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import geolora.optim as optim
+
+    mine = tmp_path / "mine.jsonl"
+    mine.write_bytes((files / "train.jsonl").read_bytes())
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optim.GeoLoRA, "step", stop)
+        assert geolora("train", "--train", mine)[0] == 130
+    mine.write_text(mine.read_text().replace("good", "great"))
+    code, _, err = geolora("train", "--train", mine)
+    assert code == 2
+    assert "unfinished run of the same flags over other data" in err or "does not occur" in err
+    mine.write_bytes((files / "train.jsonl").read_bytes())
+    assert geolora("train", "--train", mine)[0] == 0
+
+
+def test_a_byte_order_mark_is_no_part_of_a_column(geolora: Callable, files: Path) -> None:
+    code, _, err = geolora("train", "--train", files / "bom.csv", "--eval", files / "bom.csv")
+    assert code == 0, err
 
 
 @pytest.mark.parametrize("command", ["demo", "train", "inspect", "export", "verify"])

@@ -7,12 +7,12 @@ Data: the docstrings of Python's standard library, labelled by theme (tasks/docs
 import argparse
 import hashlib
 import json
-import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from geolora.errors import ModelError, OutputError
+from geolora.errors import ModelError, SettingError
+from geolora.tasks.output import check_output, clear
 
 EXAMPLES = """examples:
   geolora demo
@@ -42,10 +42,10 @@ def run(arguments: argparse.Namespace) -> None:
     """The frozen floor first, then LoRA, then GeoLoRA, then one table."""
     model = model_folder()
     output = Path(arguments.output)
-    if output.exists():
-        if not arguments.overwrite:
-            raise OutputError(f"`--output`: {output} exists. Choose another, or add --overwrite.")
-        shutil.rmtree(output)
+    check_output(output, arguments.overwrite, [model])
+    if arguments.steps < 1:
+        raise SettingError(f"`--steps` must be above 0; got {arguments.steps}.")
+    clear(output)
 
     from geolora.tasks import text_classification as task
     from geolora.tasks.docstrings import docstring_themes

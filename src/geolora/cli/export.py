@@ -19,20 +19,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Load the adapter over its base model, and export it."""
-    import shutil
+    import tempfile
     from pathlib import Path
 
     from geolora.adapter import export
-    from geolora.errors import OutputError
     from geolora.saved import load_adapter
+    from geolora.tasks.output import check_output, clear
 
     output = Path(arguments.output)
-    if output.exists() and not arguments.overwrite:
-        raise OutputError(f"`output`: {output} exists. Choose another folder, or add --overwrite.")
+    check_output(output, arguments.overwrite)
     model = load_adapter(arguments.adapter, arguments.base)
-    if output.exists():
-        shutil.rmtree(output)
-    done = export(model, output, layout=arguments.layout, rank=arguments.rank)
+    output.absolute().parent.mkdir(parents=True, exist_ok=True)
+    # written whole before an old folder goes: the old one may be the adapter itself
+    with tempfile.TemporaryDirectory(dir=output.absolute().parent) as folder:
+        new = Path(folder) / "adapter"
+        done = export(model, new, layout=arguments.layout, rank=arguments.rank)
+        clear(output)
+        new.rename(output)
     used = max(done.ranks.values())
     print(
         f"{done.layout}, largest rank {used}, {done.exported_parameters:,} numbers for "
@@ -40,4 +43,4 @@ def run(arguments: argparse.Namespace) -> None:
     )
     if done.others:
         print(f"also kept: {', '.join(done.others)} (LoRA servers take pairs only)")
-    print(f"written: {done.path}")
+    print(f"written: {output}")

@@ -20,9 +20,8 @@ def rank_map(folder: str | Path) -> Path | None:
     folder = Path(folder)
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     kinds, depths, table = rank_table(report["ranks"])
-    figure = Figure(
-        figsize=(1.6 + 0.55 * len(depths), 1.6 + 0.4 * len(kinds)), layout="constrained"
-    )
+    width = 2.0 + 0.09 * max(map(len, kinds)) + 0.55 * len(depths)
+    figure = Figure(figsize=(width, 1.6 + 0.4 * len(kinds)), layout="constrained")
     axes = figure.subplots()
     top = max(report["ranks"].values())
     image = axes.imshow(
@@ -55,12 +54,15 @@ def rank_table(ranks: dict[str, int]) -> tuple[list[str], list[str], list[list[i
     """Ranks laid out as kinds of module (rows) by depth (columns); None where there is no layer.
 
     The depth of a layer is the first number in its name, its kind what stands behind it; layers
-    without a number stand in a last column "-".
+    without a number stand in a last column "-". Several stacks (encoder, decoder) are kept apart.
     """
     cells: dict[tuple[str, str], int] = {}
+    stacks = {found[1] for name in ranks if (found := re.match(r"(.*?)\.?(\d+)\.", name))}
     for name, rank in ranks.items():
-        found = re.match(r"(?:.*?\.)??(\d+)\.(.+)$", name)
-        depth, kind = found.groups() if found else ("-", name)
+        found = re.match(r"(.*?)\.?(\d+)\.(.+)$", name)
+        stack, depth, kind = found.groups() if found else ("", "-", name)
+        if len(stacks) > 1 and stack:
+            kind = f"{stack}: {kind}"
         cells[kind, depth] = rank
     kinds = list(dict.fromkeys(kind for kind, _ in cells))
     depths = sorted(

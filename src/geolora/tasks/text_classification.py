@@ -1,6 +1,8 @@
 """Text classification and regression: rows in, `transformers.Trainer`, a PEFT adapter out."""
 
+import hashlib
 import json
+import math
 import shutil
 import sys
 import time
@@ -13,10 +15,11 @@ import torch
 
 from geolora import __version__
 from geolora.adapter import export
-from geolora.errors import DataError, ModelError, OutputError, SettingError
+from geolora.errors import DataError, ModelError, SettingError
 from geolora.pairs import find_pairs
 from geolora.tasks.data import class_names, nearest, numbers, read_rows, texts
 from geolora.tasks.data import column as column_of
+from geolora.tasks.output import check_output, clear
 from geolora.trainer import FACTORIES, for_trainer, progress_callback
 
 TASKS = ("text-classification", "text-regression")
@@ -52,7 +55,9 @@ class TrainConfig:
     epochs: float = _flag(3.0, "passes over the training file")
     max_steps: int | None = _flag(None, "number of steps; overrides --epochs")
     batch_size: int = _flag(32, "rows per step")
-    max_length: int = _flag(128, "tokens per row; longer texts are cut")
+    max_length: int | None = _flag(
+        None, "tokens per row, longer texts are cut; 128 or the model's limit if not given"
+    )
     seed: int = _flag(0, "seed of the head, the adapter and the order of the data")
     save_every: int | None = _flag(None, "steps between checkpoints; none if not given")
     output: str = _flag("geolora-output", "folder to write")
@@ -133,11 +138,15 @@ def check(config: TrainConfig) -> None:
             raise SettingError(f"`{flag}` must be above 0; got {value}.")
     if not config.model:
         raise ModelError("`--model` must be given: a local folder or a hub name.")
-    output = Path(config.output)
-    if output.exists() and not config.overwrite and not unfinished(config):
-        raise OutputError(
-            f"`--output`: {output} exists. Choose another folder, or add --overwrite."
-        )
+    if config.seed < 0:
+        raise SettingError(f"`--seed` must be 0 or above; got {config.seed}.")
+    for flag, value in (("--lr", config.lr), ("--rest-lr", config.rest_lr)):
+        if value is not None and not (value >= 0 and math.isfinite(value)):
+            raise SettingError(f"`{flag}` must be a number >= 0; got {value}.")
+    if not math.isfinite(config.epochs):
+        raise SettingError(f"`--epochs` must be finite; got {config.epochs}.")
+    if not unfinished(config) or config.overwrite:
+        check_output(config.output, config.overwrite, (config.model, config.train, config.eval))
 
 
 def unfinished(config: TrainConfig) -> bool:
@@ -148,8 +157,8 @@ def unfinished(config: TrainConfig) -> bool:
     except (OSError, ValueError):
         return False
     ours = {key: value for key, value in asdict(config).items() if key != "overwrite"}
-    saved.pop("overwrite", None)
-    return saved == ours and not (output / "report.json").exists()
+    theirs = {key: value for key, value in saved.items() if key not in ("overwrite", "data")}
+    return theirs == ours and not (output / "report.json").exists()
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
@@ -159,36 +168,34 @@ def run(config: TrainConfig) -> dict[str, Any]:
         The report that also stands in `<output>/report.json`.
     """
     check(config)
-    data = load(config)
-    return train(config, data)
+    return train(config, load(config))
 
 
 def train(config: TrainConfig, data: TextData) -> dict[str, Any]:
     """Train on data already read; see `run`."""
+    check(config)
     from transformers import DataCollatorWithPadding, Trainer, set_seed
 
     set_seed(config.seed)
-    model, tokenizer = _load_model(config, data)
+    model, tokenizer, new = _load_model(config, data)
     total = planned_steps(config, len(data.train))
     optimizer = _optimizer(config, total)
-    model = _with_adapter(model, config)
+    model = _with_adapter(model, config, new)
     # building one now finds unusable settings before anything is written
     optimizer[0]()(model, **optimizer[1])
 
-    output, resume = Path(config.output), None
-    if unfinished(config) and not config.overwrite:
-        found = sorted((output / "checkpoints").glob("checkpoint-*"), key=_step_of)
-        resume = str(found[-1]) if found else None
-    elif output.exists():
-        shutil.rmtree(output)
+    output = Path(config.output)
+    resume = None if config.overwrite else _checkpoint(config, data)
+    if resume is None:
+        clear(output)
     output.mkdir(parents=True, exist_ok=True)
-    _write_json(output / "run.json", asdict(config))
+    _write_json(output / "run.json", {**asdict(config), "data": _digest(data)})
 
     trainer = Trainer(
         model=model,
         args=_arguments(config, total),
-        train_dataset=_encode(tokenizer, data.train, data.train_labels, config),
-        eval_dataset=_encode(tokenizer, data.held_out, data.held_out_labels, config),
+        train_dataset=_encode(tokenizer, data.train, data.train_labels),
+        eval_dataset=_encode(tokenizer, data.held_out, data.held_out_labels),
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=_pearson if not data.names else _accuracy,
         optimizer_cls_and_kwargs=optimizer,
@@ -196,11 +203,11 @@ def train(config: TrainConfig, data: TextData) -> dict[str, Any]:
     )
     _only_our_bar(trainer)
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=resume)
+    trainer.train(resume_from_checkpoint=resume and str(resume))
     seconds = time.perf_counter() - start
-    score = trainer.evaluate()
     exported = export(model, output / "adapter")
     tokenizer.save_pretrained(output / "adapter")
+    score = trainer.evaluate()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     metric = "accuracy" if data.names else "pearson"
     report = {
@@ -211,7 +218,7 @@ def train(config: TrainConfig, data: TextData) -> dict[str, Any]:
         "train_loss": _last_tenth(history),
         "steps": total,
         "seconds": seconds,
-        "seconds_per_step": seconds / total,
+        "seconds_per_step": seconds / max(1, total - (_step_of(resume) if resume else 0)),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "adapter_parameters": exported.adapter_parameters,
         "exported_parameters": exported.exported_parameters,
@@ -250,7 +257,9 @@ def versions() -> dict[str, str]:
     }
 
 
-def _load_model(config: TrainConfig, data: TextData) -> tuple[Any, Any]:
+def _load_model(config: TrainConfig, data: TextData) -> tuple[Any, Any, list[str]]:
+    """Model, tokenizer, and the modules that are new (heads, poolers) and so must be saved."""
+    from safetensors import SafetensorError
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     from transformers.utils import logging
 
@@ -268,32 +277,52 @@ def _load_model(config: TrainConfig, data: TextData) -> tuple[Any, Any]:
             }
         else:
             extra = {"problem_type": "regression"}
-        model = AutoModelForSequenceClassification.from_pretrained(
-            config.model, num_labels=len(names) or 1, **extra
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            config.model, num_labels=len(names) or 1, output_loading_info=True, **extra
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
         raise ModelError(f"`--model`: {config.model} cannot be loaded: {first}") from error
     finally:
         logging.set_verbosity(level)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise ModelError(f"`--model`: the tokenizer of {config.model} has no padding token.")
     model.config.pad_token_id = tokenizer.pad_token_id
-    return model, tokenizer
+    longest = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
+    longest = min(longest, tokenizer.model_max_length)
+    if config.max_length is not None and config.max_length > longest:
+        raise SettingError(f"`--max-length` must be at most {longest}; got {config.max_length}.")
+    tokenizer.model_max_length = min(config.max_length or 128, longest)
+    fresh = {key.rpartition(".")[0] for key in info["missing_keys"]}
+    kept = {
+        name
+        for name, module in model.named_modules()
+        if _is_head(name) and not list(module.children())
+    }
+    return model, tokenizer, sorted(fresh | kept)
 
 
-def _with_adapter(model: Any, config: TrainConfig) -> Any:
+def _is_head(name: str) -> bool:
+    return name.rpartition(".")[2] in ("classifier", "score")
+
+
+def _with_adapter(model: Any, config: TrainConfig, new: list[str]) -> Any:
     from peft import LoraConfig, TaskType, get_peft_model
 
     init: Any = True if config.init == "default" else config.init
     lora = LoraConfig(
-        task_type=TaskType.SEQ_CLS,
         r=config.rank,
         lora_alpha=config.rank,
         target_modules="all-linear",
+        exclude_modules=new,
+        modules_to_save=new,
         init_lora_weights=init,
     )
+    # the task type only now: with it, PEFT would take any module whose name ends like a head
     model = get_peft_model(model, lora)
+    model.peft_config["default"].task_type = TaskType.SEQ_CLS
     find_pairs(model)
     return model
 
@@ -340,11 +369,9 @@ def _arguments(config: TrainConfig, total: int) -> Any:
     )
 
 
-def _encode(
-    tokenizer: Any, rows: list[tuple[str, ...]], labels: list[Any], config: TrainConfig
-) -> list[dict[str, Any]]:
+def _encode(tokenizer: Any, rows: list[tuple[str, ...]], labels: list[Any]) -> list[dict[str, Any]]:
     sides = [list(side) for side in zip(*rows, strict=True)]
-    batch = tokenizer(*sides, truncation=True, max_length=config.max_length)
+    batch = tokenizer(*sides, truncation=True)
     keys = list(batch.keys())
     return [
         {**{key: batch[key][i] for key in keys}, "labels": label} for i, label in enumerate(labels)
@@ -358,17 +385,46 @@ def _only_our_bar(trainer: Any) -> None:
 
 
 def _accuracy(prediction: Any) -> dict[str, float]:
-    hits = prediction.predictions.argmax(-1) == prediction.label_ids
+    hits = _logits(prediction).argmax(-1) == prediction.label_ids
     return {"accuracy": float(hits.mean())}
 
 
 def _pearson(prediction: Any) -> dict[str, float]:
     """Pearson correlation; 0 where the predictions or the labels are constant."""
-    x = torch.as_tensor(prediction.predictions).double().flatten()
+    x = torch.as_tensor(_logits(prediction)).double().flatten()
     y = torch.as_tensor(prediction.label_ids).double().flatten()
     x, y = x - x.mean(), y - y.mean()
     size = float(x.norm() * y.norm())
     return {"pearson": float(x @ y) / size if size else 0.0}
+
+
+def _logits(prediction: Any) -> Any:
+    """Some models return more than logits."""
+    found = prediction.predictions
+    return found[0] if isinstance(found, tuple) else found
+
+
+def _checkpoint(config: TrainConfig, data: TextData) -> Path | None:
+    """The last whole checkpoint of an unfinished run over the same data."""
+    if not unfinished(config):
+        return None
+    saved = json.loads((Path(config.output) / "run.json").read_text(encoding="utf-8"))
+    if saved.get("data") != _digest(data):
+        raise DataError(
+            f"`--output`: {config.output} holds an unfinished run of the same flags over other data. "
+            "Choose another folder, or add --overwrite."
+        )
+    whole = [
+        path
+        for path in (Path(config.output) / "checkpoints").glob("checkpoint-*")
+        if all((path / name).is_file() for name in ("trainer_state.json", "optimizer.pt"))
+    ]
+    return max(whole, key=_step_of, default=None)
+
+
+def _digest(data: TextData) -> str:
+    """A hash of everything that is learnt from and scored on."""
+    return hashlib.sha256(json.dumps(asdict(data)).encode()).hexdigest()
 
 
 def _last_tenth(history: list[dict[str, Any]]) -> float:

@@ -1,0 +1,52 @@
+"""Output folders: refused where they exist, replaced only where geolora wrote them."""
+
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from geolora.errors import OutputError
+
+OURS = ("run.json", "demo.json", "adapter_config.json")
+
+
+def check_output(output: str | Path, overwrite: bool, inputs: Iterable[str | Path] = ()) -> None:
+    """Refuse an output folder that cannot or must not be written; nothing is changed.
+
+    Args:
+        output: the folder. overwrite: whether an existing one may be replaced.
+        inputs: files and folders that are read, and so must not lie inside it.
+
+    Raises:
+        OutputError: it exists and may not be replaced, was not written by geolora, holds an input,
+            or its parent cannot be written.
+    """
+    output = Path(output)
+    if output.exists():
+        if not overwrite:
+            raise OutputError(
+                f"`--output`: {output} exists. Choose another folder, or add --overwrite."
+            )
+        whole = output.resolve()
+        for path in map(Path, inputs):
+            if path.exists() and whole in (path.resolve(), *path.resolve().parents):
+                raise OutputError(
+                    f"`--output`: {output} holds {path}, which is read. Choose another."
+                )
+        known = output.is_dir() and any((output / name).exists() for name in OURS)
+        if not known and not (output.is_dir() and not any(output.iterdir())):
+            raise OutputError(
+                f"`--output`: {output} was not written by geolora, so --overwrite leaves it alone. "
+                "Choose another folder."
+            )
+    parent = next(folder for folder in (output.absolute()).parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise OutputError(
+            f"`--output`: {output} cannot be made in {parent}. Choose another folder."
+        )
+
+
+def clear(output: str | Path) -> None:
+    """Remove a folder that `check_output` has passed."""
+    if Path(output).exists():
+        shutil.rmtree(output)
