@@ -18,7 +18,7 @@ test: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
@@ -33,7 +33,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(PIP) hypothesis pyright pytest pytest-xdist ruff
+	$(PIP) hypothesis "pyright[nodejs]" pytest pytest-xdist ruff
 	touch $@
 
 clean:
