@@ -16,8 +16,9 @@ from typing import Any
 from record import write
 
 from geolora.cli.demo import MAX_LENGTH, RUNS, model_folder
+from geolora.tasks.config import TrainConfig
 from geolora.tasks.docstrings import docstring_themes
-from geolora.tasks.text_classification import TrainConfig, train, with_classes
+from geolora.tasks.text_classification import train, with_classes
 
 STEPS = 300
 SEEDS = (0, 1, 2)

@@ -5,7 +5,7 @@ import dataclasses
 import types
 import typing
 
-from geolora.tasks.text_classification import TrainConfig
+from geolora.tasks.config import TrainConfig
 
 EXAMPLES = """examples:
   geolora train --model bert-base-uncased --train train.jsonl --eval dev.jsonl \\

@@ -2,12 +2,11 @@
 
 import hashlib
 import json
-import math
 import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,51 +16,15 @@ from geolora import __version__
 from geolora.adapter import export
 from geolora.errors import DataError, ModelError, SettingError
 from geolora.pairs import find_pairs
-from geolora.tasks.data import class_names, nearest, numbers, read_rows, texts
+from geolora.tasks.config import TrainConfig, check, planned_steps, unfinished
+from geolora.tasks.data import class_names, numbers, read_rows, texts
 from geolora.tasks.data import column as column_of
-from geolora.tasks.output import check_output, clear
-from geolora.trainer import FACTORIES, for_trainer, progress_callback
+from geolora.tasks.output import clear
+from geolora.trainer import for_trainer, progress_callback
 
-TASKS = ("text-classification", "text-regression")
-INITS = ("default", "gaussian")
 WARMUP = 0.06
 SETTLE = 0.9
 """Share of the steps after which ranks are judged a last time and then kept."""
-
-
-def _flag(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
-    return field(default=default, metadata={"help": text, "choices": choices})
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """A run of `geolora train`: one field per flag, the same words."""
-
-    model: str = _flag("", "local model folder or hub name")
-    train: str = _flag("", "training file: .jsonl, .jsonl.gz or .csv")
-    eval: str = _flag("", "evaluation file, of the same columns")
-    task: str = _flag(TASKS[0], "what is learnt", TASKS)
-    text: str = _flag("text", "column of the text")
-    text_pair: str | None = _flag(None, "column of a second text, for pairs")
-    label: str = _flag("label", "column of the class or number")
-    method: str = _flag("geolora", "how the adapter is trained", tuple(FACTORIES))
-    init: str = _flag("default", "PEFT's start of A (B is 0)", INITS)
-    rank: int = _flag(16, "physical width r of every pair: the most a layer can use")
-    start_rank: int | None = _flag(None, "rank to start with (geolora); all of --rank if not given")
-    lr: float | None = _flag(None, "step size; a default per method if not given")
-    rest_lr: float = _flag(1e-3, "AdamW's step size for head and biases")
-    budget: int | None = _flag(None, "adapter parameters to keep at most (geolora)")
-    tail: float = _flag(0.25, "share of a layer's singular values that may be cut (geolora)")
-    epochs: float = _flag(3.0, "passes over the training file")
-    max_steps: int | None = _flag(None, "number of steps; overrides --epochs")
-    batch_size: int = _flag(32, "rows per step")
-    max_length: int | None = _flag(
-        None, "tokens per row, longer texts are cut; 128 or the model's limit if not given"
-    )
-    seed: int = _flag(0, "seed of the head, the adapter and the order of the data")
-    save_every: int | None = _flag(None, "steps between checkpoints; none if not given")
-    output: str = _flag("geolora-output", "folder to write")
-    overwrite: bool = _flag(False, "replace an output folder that exists")
 
 
 @dataclass(frozen=True)
@@ -117,48 +80,6 @@ def with_classes(
         [index[str(label)] for label in held_out_labels],
         names,
     )
-
-
-def check(config: TrainConfig) -> None:
-    """Refuse settings that cannot work, before anything is loaded or written.
-
-    Raises:
-        SettingError: a flag out of its range. OutputError: an output folder that exists.
-    """
-    for spec in fields(config):
-        value, choices = getattr(config, spec.name), spec.metadata["choices"]
-        flag = f"--{spec.name.replace('_', '-')}"
-        if choices and value not in choices:
-            known = ", ".join(choices)
-            raise SettingError(
-                f"`{flag}` must be one of {known}; got {value}.{nearest(value, choices)}"
-            )
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if number and spec.name not in ("seed", "tail", "lr", "rest_lr") and not value > 0:
-            raise SettingError(f"`{flag}` must be above 0; got {value}.")
-    if not config.model:
-        raise ModelError("`--model` must be given: a local folder or a hub name.")
-    if config.seed < 0:
-        raise SettingError(f"`--seed` must be 0 or above; got {config.seed}.")
-    for flag, value in (("--lr", config.lr), ("--rest-lr", config.rest_lr)):
-        if value is not None and not (value >= 0 and math.isfinite(value)):
-            raise SettingError(f"`{flag}` must be a number >= 0; got {value}.")
-    if not math.isfinite(config.epochs):
-        raise SettingError(f"`--epochs` must be finite; got {config.epochs}.")
-    if not unfinished(config) or config.overwrite:
-        check_output(config.output, config.overwrite, (config.model, config.train, config.eval))
-
-
-def unfinished(config: TrainConfig) -> bool:
-    """Whether the output folder holds a run of the same settings that was stopped."""
-    output = Path(config.output)
-    try:
-        saved = json.loads((output / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    ours = {key: value for key, value in asdict(config).items() if key != "overwrite"}
-    theirs = {key: value for key, value in saved.items() if key not in ("overwrite", "data")}
-    return theirs == ours and not (output / "report.json").exists()
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
@@ -234,13 +155,6 @@ def train(config: TrainConfig, data: TextData) -> dict[str, Any]:
     _write_json(output / "report.json", report)
     shutil.rmtree(output / "checkpoints", ignore_errors=True)
     return report
-
-
-def planned_steps(config: TrainConfig, rows: int) -> int:
-    """Number of optimizer steps of a run."""
-    if config.max_steps:
-        return config.max_steps
-    return max(1, round(config.epochs * -(-rows // config.batch_size)))
 
 
 def versions() -> dict[str, str]:
