@@ -1,5 +1,5 @@
-# `make demo` and `make test` set themselves up on a machine with Python (3.11 or later for the pinned
-# versions) and make; run again they start at once.
+# `make demo` and `make test` set themselves up on a machine with Python (3.10 or later) and make; run
+# again they start at once.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -5,7 +5,8 @@
 The demo's task, model, steps and batch: LoRA (rank 8, AdamW) at four step sizes, GeoLoRA with its
 defaults and LoRA's number of parameters as its budget, three seeds each (head, adapter, order and
 split of the data). LoRA's step size is the one with the best mean, chosen on the very rows that are
-reported, which favours LoRA; GeoLoRA's was not chosen here.
+reported, which favours LoRA. GeoLoRA's default was chosen before from few values by seed 0 of this
+task, SST-2 and a small Llama (docs/decisions.md).
 """
 
 import tempfile
