@@ -241,6 +241,21 @@ def test_ranks_are_kept_once_settled() -> None:
         assert all(slot_ranks(A, B)[1] == 0 for _, A, B, _ in pairs_of(model))
 
 
+def test_the_last_judgement_waits_for_a_step_that_moves() -> None:
+    model = lora_net(r=6)
+    optimizer = geolora.GeoLoRA(
+        model, lr=1e-3, tail=0.0, budget=100, settle_after=3, prune_every=None
+    )
+    for lr in (1e-3, 1e-3, 1e-3, 0.0, 0.0, 1e-3, 1e-3):
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = lr
+        assert optimizer.adapter_parameters() == 6 * 70 or lr != 0.0
+        train(model, optimizer, 1)
+    assert optimizer.adapter_parameters() <= 100
+    settled = geolora.ranks(model)
+    train(model, optimizer, 3)
+    assert geolora.ranks(model) == settled
+
+
 def test_a_pruned_or_reloaded_model_is_read_again() -> None:
     layer = OneLayer(r=6, scale=2.0)
     optimizer = geolora.GeoLoRA(layer.model, lr=0.05, moments="momentum", prune_every=None)

@@ -20,8 +20,10 @@ from geolora.pairs import Pair
 def phase_of(group: dict[str, Any]) -> str:
     """ "grow", "judge" or "hold": what the coming step does with the rank."""
     at, settle, every = group["steps"], group["settle_after"], group["prune_every"]
-    if settle is not None and at >= settle:
-        return "judge" if at == settle else "hold"
+    if (
+        settle is not None and at >= settle
+    ):  # due until it is done: a step with lr = 0 judges nothing
+        return "hold" if group["settled"] else "judge"
     if every is None:
         return "hold"
     at, growing = at % every, every // 6
@@ -51,6 +53,7 @@ def new_group(pairs: list[Pair], settings: dict[str, Any]) -> dict[str, Any]:
         "width": math.sqrt(first.d_in * first.d_out),
         "steps": 0,
         "skipped": 0,
+        "settled": False,
         **settings,
     }
 

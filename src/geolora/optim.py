@@ -364,6 +364,8 @@ class GeoLoRA(torch.optim.Optimizer):
         )
         judged = []
         for move in due:
+            settle = move.group["settle_after"]
+            move.group["settled"] = settle is not None and move.group["steps"] >= settle
             move.group["ranks"], ranks = ranks[: len(move.live)], ranks[len(move.live) :]
             kept = torch.tensor(move.group["ranks"], device=move.new.sigma.device)
             new = method.cut(move.new, kept)
