@@ -13,16 +13,20 @@ RESULTS = Path(__file__).parent / "results"
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
 
 
+def _git(*words: str) -> str:
+    root = Path(__file__).parents[1]
+    done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+# taken when the program starts: that is the code that runs, whatever is committed meanwhile
+COMMIT = _git("rev-parse", "HEAD")
+DIRTY = bool(_git("status", "--porcelain", "--", "src", "benchmarks/*.py"))
+
+
 def write(name: str, results: Any) -> Path:
     """results/<name>.json: the command, versions, machine, commit, and the results."""
     import torch
-
-    root = Path(__file__).parents[1]
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", *words], cwd=root, capture_output=True, text=True, check=False
-        ).stdout.strip()
 
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
@@ -30,8 +34,8 @@ def write(name: str, results: Any) -> Path:
         "command": f"python benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}".strip(),
         "versions": versions(),
         "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
-        "commit": git("rev-parse", "HEAD"),
-        "dirty": bool(git("status", "--porcelain", "--", "src", "benchmarks/*.py")),
+        "commit": COMMIT,
+        "dirty": DIRTY,
         "results": results,
     }
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

@@ -1,7 +1,8 @@
 """What a model holds, and an adapter written from it: ranks, prune, export.
 
 What is written is an ordinary PEFT LoRA adapter. The default layout is uniform (one rank, alpha =
-rank, no patterns, scale folded into the factors), the only form every server reads right.
+rank, no patterns, scale folded into the factors): what LoRA servers expect, by their documentation
+and code; only peft itself is tested here.
 """
 
 import copy
@@ -59,7 +60,7 @@ class Export:
 
     @property
     def server_shaped(self) -> bool:
-        """Whether every LoRA server can read it: uniform, and nothing beside the pairs."""
+        """Whether it has the shape LoRA servers expect: uniform, nothing beside the pairs."""
         return self.layout == "uniform" and not self.others
 
 
@@ -139,8 +140,8 @@ def export(
 ) -> Export:
     """Write a PEFT adapter that stock `peft` loads, with probes for `verify` beside it.
 
-    Trained heads and biases are kept; `verify` does not check them. Directions that were never judged are left out, with a
-    warning. The model is not changed.
+    Trained heads and biases are kept; `verify` does not check them. Directions that were never
+    judged are left out, with a warning. The model is not changed.
 
     Args:
         model: a PeftModel.
@@ -336,7 +337,7 @@ def _target_modules(model: Any, pairs: list[Pair]) -> list[str]:
 def _model_card(done: Export, config: Any) -> str:
     base = config.base_model_name_or_path or "unknown"
     title = Path(base).name if Path(base).is_dir() else base
-    readers = "any LoRA server" if done.server_shaped else "peft and what is built on it"
+    readers = "peft and LoRA servers" if done.server_shaped else "peft and what is built on it"
     table = "\n".join(f"| `{name}` | {rank} |" for name, rank in done.ranks.items())
     return f"""---
 base_model: {base}

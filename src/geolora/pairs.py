@@ -14,7 +14,7 @@ With `adapter.py` and `saved.py` the only place that knows PEFT.
 | AdaLoRA                                                   | refused: three factors           |
 | tied pairs (shared storage)                               | refused: one matrix, two layers  |
 | tensor-parallel, DTensor, ZeRO-partitioned factors        | refused: the step needs whole A, B |
-| factors on MPS                                            | refused: no float64, no QR       |
+| factors on MPS                                            | refused: no float64              |
 | one of the two factors frozen                             | refused                          |
 """
 
@@ -197,7 +197,7 @@ def refuse_unreachable(name: str, *factors: torch.Tensor) -> None:
     for factor in factors:
         if factor.device.type == "mps":
             raise SetupError(
-                f"geolora: the factors of `{name}` are on MPS, which has neither float64 nor a QR. "
+                f"geolora: the factors of `{name}` are on MPS, which has no float64. "
                 "Use the CPU (in TrainingArguments: use_cpu=True)."
             )
         if hasattr(factor, "ds_shape") or hasattr(factor, "ds_id") or factor.ndim < 2:

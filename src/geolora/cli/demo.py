@@ -173,7 +173,7 @@ def finish(
     say(
         f"\nGeoLoRA was given up to 16 directions in each of {len(ranks)} layers and found that "
         f"{min(ranks)} to {max(ranks)} are needed.\n"
-        "An adapter file holds every layer at the largest rank, the form every server reads; "
+        "An adapter file holds every layer at the largest rank, the form LoRA servers expect; "
         "`geolora export --layout compact` writes each layer's own."
     )
     say(f"\nadapter   {output / 'geolora' / 'adapter'}   (peft.PeftModel.from_pretrained loads it)")

@@ -269,7 +269,7 @@ def _arguments(config: TrainConfig, total: int) -> Any:
         warmup_steps=round(WARMUP * total),
         # clipping the factors' gradients would change lr per W; AdamW's runs keep Trainer's default
         max_grad_norm=0.0 if config.method == "geolora" else 1.0,
-        train_sampling_strategy="group_by_length",  # less padding: a third fewer tokens on the demo
+        train_sampling_strategy="group_by_length",  # less padding
         logging_steps=max(1, min(10, total // 20)),
         logging_nan_inf_filter=False,
         save_strategy="steps" if config.save_every else "no",
@@ -277,7 +277,7 @@ def _arguments(config: TrainConfig, total: int) -> Any:
         save_total_limit=2,
         seed=config.seed,
         report_to="none",
-        use_cpu=torch.backends.mps.is_available(),  # MPS has neither float64 nor a QR
+        use_cpu=torch.backends.mps.is_available(),  # MPS has no float64
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
     )
