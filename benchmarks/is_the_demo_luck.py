@@ -44,7 +44,7 @@ def one(seed: int, settings: dict[str, Any]) -> dict[str, Any]:
             output=f"{folder}/run",
             **settings,
         )
-        report = train(config, data)
+        report = train(config, data).report
     ranks = list(report["ranks"].values())
     return {"seed": seed, **{k: report[k] for k in KEPT}, "ranks": [min(ranks), max(ranks)]}
 

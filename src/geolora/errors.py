@@ -16,7 +16,8 @@ GeoloraError(Exception)
 
 GeoloraWarning(UserWarning)
 ├── SkippedStepWarning                    a step skipped for a non-finite gradient
-└── UnpairedParametersWarning             LoRA layers left to AdamW
+├── UnpairedParametersWarning             LoRA layers left to AdamW
+└── CheckpointWarning                     a checkpoint not used, or saved because the run is to stop
 
 On the command line each error is one line on stderr and exit code 2.
 """
@@ -84,6 +85,10 @@ class SkippedStepWarning(GeoloraWarning):
 
 class UnpairedParametersWarning(GeoloraWarning):
     """LoRA layers that the geometric step does not treat and AdamW trains instead."""
+
+
+class CheckpointWarning(GeoloraWarning):
+    """A checkpoint was refused, or one is saved because the run was asked to stop."""
 
 
 def at_most_three(names: list[str]) -> str:

@@ -7,14 +7,14 @@ Trainer's `learning_rate` is not used then: lr belongs to the method. Its gradie
 """
 
 import inspect
+import sys
 from typing import Any
 
 import torch
 from torch import nn
 
-from geolora.errors import SettingError
+from geolora.errors import PairingError, SettingError
 from geolora.optim import GeoLoRA
-from geolora.pairs import find_pairs
 
 
 class GeoLoRAFactory:
@@ -26,19 +26,31 @@ class GeoLoRAFactory:
 
 
 class LoRAFactory:
-    """Builds AdamW for plain LoRA: the pairs at lr, everything else that is trainable at rest_lr."""
+    """Builds AdamW for LoRA of any kind: its factors at lr, all else that is trainable at rest_lr."""
 
     def __call__(
         self, model: nn.Module, *_args: Any, lr: float = 1e-3, rest_lr: float = 1e-3
     ) -> torch.optim.AdamW:
         """The optimizer of a model; no weight decay."""
-        paired = {id(p) for pair in find_pairs(model) for p in (pair.A, pair.B)}
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in trainable if id(p) in paired], "lr": lr},
-            {"params": [p for p in trainable if id(p) not in paired], "lr": rest_lr},
-        ]
-        return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, weight_decay=0.0)
+        return torch.optim.AdamW(split_rest(model, lr, rest_lr), lr=lr, weight_decay=0.0)
+
+
+def split_rest(model: nn.Module, lr: float, rest_lr: float) -> list[dict[str, Any]]:
+    """Param groups of a PEFT model: LoRA's tensors (factors, magnitudes) at lr, others at rest_lr.
+
+    Raises:
+        PairingError: nothing of LoRA is trainable.
+    """
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    factors = [p for name, p in trainable if ".lora_" in name]
+    others = [p for name, p in trainable if ".lora_" not in name]
+    if not factors:
+        raise PairingError(
+            "for_trainer: `model` must have trainable LoRA layers; found none. "
+            "Wrap it with peft.get_peft_model(model, LoraConfig(...)) first."
+        )
+    groups = [{"params": factors, "lr": lr}, {"params": others, "lr": rest_lr}]
+    return [group for group in groups if group["params"]]
 
 
 FACTORIES: dict[str, type] = {"geolora": GeoLoRAFactory, "lora": LoRAFactory}
@@ -90,7 +102,10 @@ def progress_callback() -> Any:
         bar: Any = None
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step")
+            often = 0.1 if sys.stderr.isatty() else 10.0  # seconds; a log file is no screen
+            self.bar = tqdm(
+                total=state.max_steps, initial=state.global_step, unit="step", mininterval=often
+            )
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
             self.bar.update(state.global_step - self.bar.n)
@@ -106,7 +121,7 @@ def progress_callback() -> Any:
                 logs.update(new)
                 state.log_history[-1].update(new)
                 shown |= {"rank": str(found[0]), "parameters": str(found[1])}
-            self.bar.set_postfix(shown)
+            self.bar.set_postfix(shown, refresh=False)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
             self.bar.close()

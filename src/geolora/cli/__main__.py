@@ -1,4 +1,4 @@
-"""`geolora demo | train | inspect | export | verify`: wiring and the one-line errors."""
+"""`geolora demo | train | compare | inspect | export | verify`: wiring and the one-line errors."""
 
 import argparse
 import os
@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from geolora import __version__
-from geolora.cli import demo, export, inspect, train, verify
+from geolora.cli import compare, demo, export, inspect, train, verify
 from geolora.errors import GeoloraError
 from geolora.tasks.data import nearest
 
 COMMANDS = {
     "demo": demo,
     "train": train,
+    "compare": compare,
     "inspect": inspect,
     "export": export,
     "verify": verify,
@@ -74,8 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        print("geolora: stopped.", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"geolora: {str(stop) or 'stopped.'}", file=sys.stderr)
         return 130
     return 0
 

@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> None:
             output=str(output / name),
             **settings,
         )
-        reports[name] = task.train(config, data)
+        reports[name] = task.train(config, data).report
     finish(output, reports, majority, logistic)
 
 

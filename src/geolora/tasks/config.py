@@ -9,7 +9,7 @@ from typing import Any
 from geolora.errors import ModelError, SettingError
 from geolora.tasks.data import nearest
 from geolora.tasks.output import check_output
-from geolora.trainer import FACTORIES
+from geolora.tasks.peers import METHODS, check_method
 
 TASKS = ("text-classification", "text-regression")
 INITS = ("default", "gaussian")
@@ -24,19 +24,22 @@ class TrainConfig:
     """A run of `geolora train`: one field per flag, the same words."""
 
     model: str = _flag("", "local model folder or hub name")
-    train: str = _flag("", "training file: .jsonl, .jsonl.gz or .csv")
-    eval: str = _flag("", "evaluation file, of the same columns")
+    train: str = _flag(
+        "", "training rows: .jsonl, .jsonl.gz, .csv or .parquet file, or hub set OWNER/NAME[:SPLIT]"
+    )
+    eval: str = _flag("", "evaluation rows, of the same columns")
+    train_rows: int | None = _flag(None, "use only the first rows of --train; all if not given")
     task: str = _flag(TASKS[0], "what is learnt", TASKS)
     text: str = _flag("text", "column of the text")
     text_pair: str | None = _flag(None, "column of a second text, for pairs")
     label: str = _flag("label", "column of the class or number")
-    method: str = _flag("geolora", "how the adapter is trained", tuple(FACTORIES))
+    method: str = _flag("geolora", "how the adapter is trained", METHODS)
     init: str = _flag("default", "PEFT's start of A (B is 0)", INITS)
     rank: int = _flag(16, "physical width r of every pair: the most a layer can use")
     start_rank: int | None = _flag(None, "rank to start with (geolora); all of --rank if not given")
     lr: float | None = _flag(None, "step size; a default per method if not given")
     rest_lr: float = _flag(1e-3, "AdamW's step size for head and biases")
-    budget: int | None = _flag(None, "adapter parameters to keep at most (geolora)")
+    budget: int | None = _flag(None, "adapter parameters to keep at most")
     tail: float = _flag(0.25, "share of a layer's singular values that may be cut (geolora)")
     epochs: float = _flag(3.0, "passes over the training file")
     max_steps: int | None = _flag(None, "number of steps; overrides --epochs")
@@ -76,6 +79,7 @@ def check(config: TrainConfig) -> None:
             raise SettingError(f"`{flag}` must be a number >= 0; got {value}.")
     if not math.isfinite(config.epochs):
         raise SettingError(f"`--epochs` must be finite; got {config.epochs}.")
+    check_method(config)
     if not unfinished(config) or config.overwrite:
         check_output(config.output, config.overwrite, (config.model, config.train, config.eval))
 

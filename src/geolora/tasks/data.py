@@ -1,17 +1,22 @@
-"""Rows from local files, and checks that say what is wrong with them in one line."""
+"""Rows from files or the hub, and checks that say what is wrong with them in one line."""
 
 import csv
 import difflib
 import gzip
 import json
 import math
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from geolora.errors import DataError
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".csv")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
+HUB = re.compile(r"[\w.-]+/[\w.-]+(:[\w.\[\]%+-]*){0,2}$")
+"""owner/name, owner/name:split or owner/name:config:split."""
+SPLITS = {"--train": "train", "--eval": "validation"}
 Row = dict[str, Any]
 
 
@@ -21,28 +26,79 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f" Did you mean `{close[0]}`?" if close else ""
 
 
-def read_rows(path: str | Path, flag: str) -> list[Row]:
-    """Rows of a .jsonl, .jsonl.gz or .csv file.
+def read_rows(source: str | Path, flag: str) -> list[Row]:
+    """Rows of a .jsonl, .jsonl.gz, .csv or .parquet file, or of a data set on the hub.
 
     Args:
-        path: the file. flag: what the user called it ("--train"), for messages.
+        source: the file, or "owner/name", "owner/name:split", "owner/name:config:split" where no
+            such file exists; without a split the one SPLITS gives for the flag.
+        flag: what the user called it ("--train"), for messages.
 
     Raises:
-        DataError: the file is missing, of another kind, empty or not readable.
+        DataError: the file is missing, of another kind, empty or not readable; the set cannot be
+            loaded, or `datasets` is not installed.
     """
-    path = Path(path)
+    path = Path(source)
     if not path.is_file():
+        if HUB.match(str(source)) and not str(source).endswith(SUFFIXES):
+            return _read_hub(str(source), flag)
         folder = path.parent if path.parent.is_dir() else Path()
         hint = nearest(path.name, [entry.name for entry in folder.iterdir()])
         raise DataError(f"`{flag}` must be a file; {path} does not exist.{hint}")
     if not path.name.endswith(SUFFIXES):
         raise DataError(f"`{flag}` must end in {', '.join(SUFFIXES)}; got {path.name}.")
     try:
-        rows = _read_csv(path) if path.name.endswith(".csv") else _read_jsonl(path)
+        rows = _reader_of(path, flag)(path)
     except (ValueError, OSError, EOFError, csv.Error) as error:
-        raise DataError(f"`{flag}`: {path} cannot be read: {error}.") from error
+        first = str(error).strip().splitlines()[0]
+        raise DataError(f"`{flag}`: {path} cannot be read: {first}.") from error
     if not rows:
         raise DataError(f"`{flag}` must have rows; {path} is empty.")
+    return rows
+
+
+def _reader_of(path: Path, flag: str) -> Callable[[Path], list[Row]]:
+    if path.name.endswith(".csv"):
+        return _read_csv
+    if path.name.endswith(".parquet"):
+        _demand_datasets(flag)
+        return _read_parquet
+    return _read_jsonl
+
+
+def _demand_datasets(flag: str) -> None:
+    if find_spec("datasets") is None:
+        raise DataError(
+            f"`{flag}`: .parquet files and hub data sets need the package `datasets`. "
+            "Install geolora[data]."
+        )
+
+
+def _read_parquet(path: Path) -> list[Row]:
+    from pyarrow import parquet
+
+    return parquet.read_table(path).to_pylist()
+
+
+def _read_hub(source: str, flag: str) -> list[Row]:
+    """Rows of a data set on the hub; no code of the data set is run."""
+    _demand_datasets(flag)
+    import datasets
+
+    name, *rest = source.split(":")
+    split = rest[-1] if rest else SPLITS[flag]
+    datasets.disable_progress_bars()
+    try:
+        found = datasets.load_dataset(name, rest[0] if len(rest) == 2 else None, split=split)
+    # any of a dozen classes of three packages: the network, the name, the config, the split
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(
+            f"`{flag}`: no file {source}, and as a data set of the hub it cannot be loaded: {first}"
+        ) from error
+    rows: list[Row] = list(found)  # pyright: ignore[reportAssignmentType]
+    if not rows:
+        raise DataError(f"`{flag}` must have rows; {source} is empty.")
     return rows
 
 
@@ -102,9 +158,17 @@ def class_names(train: Sequence[Any], held_out: Sequence[Any], name: str) -> lis
     """The sorted classes of the training labels; every held-out label must be one of them.
 
     Raises:
-        DataError: fewer than two classes, or a class that was never trained.
+        DataError: fewer than two classes, numbers that are not 0..K-1, or a class that was never
+            trained.
     """
     known = sorted({str(label) for label in train}, key=_natural)
+    values = [_natural(label)[1] for label in known if _natural(label)[0] == 0]
+    if values and (len(values) < len(known) or values != list(range(len(values)))):
+        shown = ", ".join(known[:4]) + (", …" if len(known) > 4 else "")
+        raise DataError(
+            f"`--label`: column `{name}` must hold names or 0..K-1 without gaps; got {shown}. "
+            "Renumber them, write names, or use --task text-regression."
+        )
     if len(known) < 2:
         raise DataError(f"`--label`: column `{name}` must have two classes or more; got {known}.")
     for label in held_out:

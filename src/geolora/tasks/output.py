@@ -1,12 +1,16 @@
 """Output folders: refused where they exist, replaced only where geolora wrote them."""
 
+import errno
 import os
+import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from geolora.errors import OutputError
 
+OS_ERROR = re.compile(r"os error (\d+)")
 OURS = ("run.json", "demo.json", "adapter_config.json")
 
 
@@ -50,3 +54,33 @@ def clear(output: str | Path) -> None:
     """Remove a folder that `check_output` has passed."""
     if Path(output).exists():
         shutil.rmtree(output)
+
+
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NO_RIGHT = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+@contextmanager
+def writing(output: str | Path) -> Iterator[None]:
+    """Turn a full disk and missing rights, from whatever library writes, into `OutputError`.
+
+    What was whole before stays: checkpoints that are sealed, files that are replaced at once.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except OutputError:
+        raise
+    except (OSError, RuntimeError, SafetensorError) as error:
+        chain = [error, error.__cause__, error.__context__]
+        codes = {found.errno for found in chain if isinstance(found, OSError)}
+        codes |= {int(found) for e in chain for found in OS_ERROR.findall(str(e))}
+        torch_failed = any("PytorchStreamWriter failed writing" in str(e) for e in chain)
+        if codes & NO_ROOM or torch_failed:
+            what, do = "there is no space left", "Free some, and start the same command again"
+        elif codes & NO_RIGHT:
+            what, do = "it may not be written", "Choose another folder"
+        else:
+            raise
+        raise OutputError(f"`--output`: {output}: {what}. {do}.") from error

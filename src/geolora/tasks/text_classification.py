@@ -3,28 +3,42 @@
 import hashlib
 import json
 import shutil
+import statistics
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch.utils.data import Subset
 
 from geolora import __version__
-from geolora.adapter import export
 from geolora.errors import DataError, ModelError, SettingError
-from geolora.pairs import find_pairs
+from geolora.tasks.checkpoints import Stopped, checkpoint_callback, latest, write_json
 from geolora.tasks.config import TrainConfig, check, planned_steps, unfinished
 from geolora.tasks.data import class_names, numbers, read_rows, texts
 from geolora.tasks.data import column as column_of
-from geolora.tasks.output import clear
-from geolora.trainer import for_trainer, progress_callback
+from geolora.tasks.memory import peak_bytes, reset_peak
+from geolora.tasks.metrics import score
+from geolora.tasks.order import batch_order
+from geolora.tasks.output import clear, writing
+from geolora.tasks.peers import (
+    add_adapter,
+    callbacks_of,
+    finish,
+    keep_start,
+    optimizer_of,
+    save,
+)
+from geolora.trainer import progress_callback
 
 WARMUP = 0.06
-SETTLE = 0.9
-"""Share of the steps after which ranks are judged a last time and then kept."""
+EVA_BATCHES = 64
+"""Batches EVA's start may look at; it stops by itself when its directions are stable."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +53,28 @@ class TextData:
     """Class names by index; empty for regression."""
 
 
+class Rows(NamedTuple):
+    """Texts and their labels, as in `TextData`."""
+
+    texts: list[tuple[str, ...]]
+    labels: list[Any]
+
+
+class Outcome(NamedTuple):
+    """What a run gives.
+
+    Attributes:
+        report: what report.json holds. history: the logged training losses.
+        predictions: class index or number per held-out row.
+        choice: score on the rows for choosing, where there were any.
+    """
+
+    report: dict[str, Any]
+    history: list[dict[str, Any]]
+    predictions: list[Any]
+    choice: float | None
+
+
 def load(config: TrainConfig) -> TextData:
     """Read and check the files of a run.
 
@@ -50,6 +86,8 @@ def load(config: TrainConfig) -> TextData:
         if not path:
             raise DataError(f"`{flag}` must be given: a .jsonl, .jsonl.gz or .csv file.")
         rows = read_rows(path, flag)
+        if flag == "--train" and config.train_rows is not None:
+            rows = rows[: config.train_rows]
         columns = [texts(rows, config.text, "--text", Path(path).name)]
         if config.text_pair:
             columns.append(texts(rows, config.text_pair, "--text-pair", Path(path).name))
@@ -89,86 +127,112 @@ def run(config: TrainConfig) -> dict[str, Any]:
         The report that also stands in `<output>/report.json`.
     """
     check(config)
-    return train(config, load(config))
+    return train(config, load(config)).report
 
 
-def train(config: TrainConfig, data: TextData) -> dict[str, Any]:
-    """Train on data already read; see `run`."""
+def train(config: TrainConfig, data: TextData, choice: Rows | None = None) -> Outcome:
+    """Train on data already read, or go on with the run that the output folder holds; see `run`.
+
+    Args:
+        choice: further rows to predict, for choosing a learning rate.
+
+    Raises:
+        Stopped: it was asked to stop, and has saved a checkpoint.
+        OutputError: the disk is full, or a file cannot be written.
+    """
     check(config)
     from transformers import DataCollatorWithPadding, Trainer, set_seed
 
+    reset_peak()
     set_seed(config.seed)
     model, tokenizer, new = _load_model(config, data)
     total = planned_steps(config, len(data.train))
-    optimizer = _optimizer(config, total)
-    model = _with_adapter(model, config, new)
+    rows = _encode(tokenizer, data.train, data.train_labels)
+    lengths = [len(row["input_ids"]) for row in rows]
+    order = batch_order(lengths, config.batch_size, total, config.seed)
+    collate = DataCollatorWithPadding(tokenizer)
+    batches = (
+        collate([rows[i] for i in order[at : at + config.batch_size]])
+        for at in range(0, min(len(order), EVA_BATCHES * config.batch_size), config.batch_size)
+    )
+    optimizer = optimizer_of(config, total)
+    model = add_adapter(model, config, new, total, batches)
     # building one now finds unusable settings before anything is written
     optimizer[0]()(model, **optimizer[1])
 
     output = Path(config.output)
-    resume = None if config.overwrite else _checkpoint(config, data)
-    if resume is None:
-        clear(output)
-    output.mkdir(parents=True, exist_ok=True)
-    _write_json(output / "run.json", {**asdict(config), "data": _digest(data)})
+    run_id = _identity(config, data)
+    with writing(output):
+        resume = None if config.overwrite else _checkpoint(config, data, run_id)
+        if resume is None:
+            clear(output)
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / "run.json", {**asdict(config), "data": _digest(data)})
+        keep_start(model, config, output / "start")
 
-    trainer = Trainer(
-        model=model,
-        args=_arguments(config, total),
-        train_dataset=_encode(tokenizer, data.train, data.train_labels),
-        eval_dataset=_encode(tokenizer, data.held_out, data.held_out_labels),
-        data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=_pearson if not data.names else _accuracy,
-        optimizer_cls_and_kwargs=optimizer,
-        callbacks=[progress_callback()],
-    )
-    _only_our_bar(trainer)
-    start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=resume and str(resume))
-    seconds = time.perf_counter() - start
-    exported = export(model, output / "adapter")
-    tokenizer.save_pretrained(output / "adapter")
-    score = trainer.evaluate()
-    history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    metric = "accuracy" if data.names else "pearson"
-    report = {
-        "method": config.method,
-        "task": config.task,
-        "metric": metric,
-        "value": score[f"eval_{metric}"],
-        "train_loss": _last_tenth(history),
-        "steps": total,
-        "seconds": seconds,
-        "seconds_per_step": seconds / max(1, total - (_step_of(resume) if resume else 0)),
-        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "adapter_parameters": exported.adapter_parameters,
-        "exported_parameters": exported.exported_parameters,
-        "ranks": exported.ranks,
-        "peak_memory_bytes": _peak_memory(),
-        "seed": config.seed,
-        "versions": versions(),
-        "command": " ".join(["geolora", *sys.argv[1:]]),
-    }
-    _write_json(output / "history.json", history)
-    if data.names:
-        _write_json(output / "labels.json", data.names)
-    _write_json(output / "report.json", report)
-    shutil.rmtree(output / "checkpoints", ignore_errors=True)
-    return report
+        clock, checkpoints = _clock(), checkpoint_callback(run_id)
+        trainer = Trainer(
+            model=model,
+            args=_arguments(config, total),
+            train_dataset=Subset(rows, order),  # pyright: ignore[reportArgumentType]
+            data_collator=collate,
+            optimizer_cls_and_kwargs=optimizer,
+            callbacks=[progress_callback(), clock, checkpoints, *callbacks_of(model, config)],
+        )
+        _only_our_bar(trainer)
+        start = time.perf_counter()
+        try:
+            trainer.train(resume_from_checkpoint=resume and str(resume))
+        finally:
+            checkpoints.give_back()
+        seconds = time.perf_counter() - start
+        if checkpoints.stopped is not None:
+            raise Stopped(
+                f"stopped after step {checkpoints.stopped} of {total}, which is saved in {output}. "
+                "The same command goes on from there."
+            )
+        finish(model, config)
+        kept = save(model, config, output / "adapter", output / "start")
+        tokenizer.save_pretrained(output / "adapter")
+
+        metric = "accuracy" if data.names else "pearson"
+        predictions = _predict(trainer, _encode(tokenizer, data.held_out, data.held_out_labels))
+        history = [entry for entry in trainer.state.log_history if "loss" in entry]
+        report = {
+            "method": config.method,
+            "task": config.task,
+            "metric": metric,
+            "value": score(metric, predictions, data.held_out_labels),
+            "train_loss": _last_tenth(history),
+            "steps": total,
+            "seconds": seconds,
+            "seconds_per_step": clock.median(),
+            "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "adapter_parameters": kept.adapter_parameters,
+            "exported_parameters": kept.exported_parameters,
+            "ranks": kept.ranks,
+            "peak_memory_bytes": peak_bytes(),
+            "seed": config.seed,
+            "versions": versions(),
+            "command": " ".join(["geolora", *sys.argv[1:]]),
+        }
+        chosen_on = None
+        if choice is not None:
+            found = _predict(trainer, _encode(tokenizer, choice.texts, choice.labels))
+            chosen_on = score(metric, found, choice.labels)
+        write_json(output / "history.json", history)
+        if data.names:
+            write_json(output / "labels.json", data.names)
+        write_json(output / "report.json", report)
+        for leftover in ("checkpoints", "start"):
+            shutil.rmtree(output / leftover, ignore_errors=True)
+    return Outcome(report, history, predictions, chosen_on)
 
 
 def versions() -> dict[str, str]:
     """Versions of what made a result."""
-    import peft
-    import transformers
-
-    return {
-        "geolora": __version__,
-        "python": sys.version.split()[0],
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
-    }
+    found = {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
+    return {"geolora": __version__, "python": sys.version.split()[0], **found}
 
 
 def _load_model(config: TrainConfig, data: TextData) -> tuple[Any, Any, list[str]]:
@@ -222,41 +286,6 @@ def _is_head(name: str) -> bool:
     return name.rpartition(".")[2] in ("classifier", "score")
 
 
-def _with_adapter(model: Any, config: TrainConfig, new: list[str]) -> Any:
-    from peft import LoraConfig, TaskType, get_peft_model
-
-    init: Any = True if config.init == "default" else config.init
-    lora = LoraConfig(
-        r=config.rank,
-        lora_alpha=config.rank,
-        target_modules="all-linear",
-        exclude_modules=new,
-        modules_to_save=new,
-        init_lora_weights=init,
-    )
-    # the task type only now: with it, PEFT would take any module whose name ends like a head
-    model = get_peft_model(model, lora)
-    model.peft_config["default"].task_type = TaskType.SEQ_CLS
-    find_pairs(model)
-    return model
-
-
-def _optimizer(config: TrainConfig, total: int) -> tuple[type, dict[str, Any]]:
-    settings: dict[str, Any] = {"rest_lr": config.rest_lr}
-    if config.lr is not None:
-        settings["lr"] = config.lr
-    if config.method == "geolora":
-        settings |= {
-            "start_rank": config.start_rank,
-            "tail": config.tail,
-            "budget": config.budget,
-            "settle_after": int(SETTLE * total),
-        }
-    elif config.budget is not None or config.start_rank is not None:
-        raise SettingError("`--budget` and `--start-rank` belong to --method geolora.")
-    return for_trainer(config.method, **settings)
-
-
 def _arguments(config: TrainConfig, total: int) -> Any:
     from transformers import TrainingArguments
 
@@ -269,7 +298,7 @@ def _arguments(config: TrainConfig, total: int) -> Any:
         warmup_steps=round(WARMUP * total),
         # clipping the factors' gradients would change lr per W; AdamW's runs keep Trainer's default
         max_grad_norm=0.0 if config.method == "geolora" else 1.0,
-        train_sampling_strategy="group_by_length",  # less padding
+        train_sampling_strategy="sequential",  # in the order of tasks/order.py
         logging_steps=max(1, min(10, total // 20)),
         logging_nan_inf_filter=False,
         save_strategy="steps" if config.save_every else "no",
@@ -298,27 +327,41 @@ def _only_our_bar(trainer: Any) -> None:
     trainer.remove_callback(PrinterCallback)
 
 
-def _accuracy(prediction: Any) -> dict[str, float]:
-    hits = _logits(prediction).argmax(-1) == prediction.label_ids
-    return {"accuracy": float(hits.mean())}
+def _predict(trainer: Any, rows: list[dict[str, Any]]) -> list[Any]:
+    """Class index, or number, for every row; rows of like length share a batch."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+    found = trainer.predict([rows[i] for i in order]).predictions
+    found = torch.as_tensor(found[0] if isinstance(found, tuple) else found)  # logits come first
+    values = found.argmax(-1) if found.dim() == 2 and found.shape[1] > 1 else found.flatten()
+    result: list[Any] = [None] * len(rows)
+    for place, value in zip(order, values.tolist(), strict=True):
+        result[place] = value
+    return result
 
 
-def _pearson(prediction: Any) -> dict[str, float]:
-    """Pearson correlation; 0 where the predictions or the labels are constant."""
-    x = torch.as_tensor(_logits(prediction)).double().flatten()
-    y = torch.as_tensor(prediction.label_ids).double().flatten()
-    x, y = x - x.mean(), y - y.mean()
-    size = float(x.norm() * y.norm())
-    return {"pearson": float(x @ y) / size if size else 0.0}
+def _clock() -> Any:
+    """A Trainer callback that takes the time of every step."""
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        def __init__(self) -> None:
+            self.marks: list[float] = []
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+            self.marks.append(time.perf_counter())
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+            self.marks.append(time.perf_counter())
+
+        def median(self) -> float:
+            """Median seconds from one step's end to the next; 0 where there was no step."""
+            steps = [after - before for before, after in pairwise(self.marks)]
+            return statistics.median(steps) if steps else 0.0
+
+    return Clock()
 
 
-def _logits(prediction: Any) -> Any:
-    """Some models return more than logits."""
-    found = prediction.predictions
-    return found[0] if isinstance(found, tuple) else found
-
-
-def _checkpoint(config: TrainConfig, data: TextData) -> Path | None:
+def _checkpoint(config: TrainConfig, data: TextData, run_id: str) -> Path | None:
     """The last whole checkpoint of an unfinished run over the same data."""
     if not unfinished(config):
         return None
@@ -328,12 +371,14 @@ def _checkpoint(config: TrainConfig, data: TextData) -> Path | None:
             f"`--output`: {config.output} holds an unfinished run of the same flags over other data. "
             "Choose another folder, or add --overwrite."
         )
-    whole = [
-        path
-        for path in (Path(config.output) / "checkpoints").glob("checkpoint-*")
-        if all((path / name).is_file() for name in ("trainer_state.json", "optimizer.pt"))
-    ]
-    return max(whole, key=_step_of, default=None)
+    return latest(Path(config.output) / "checkpoints", run_id)
+
+
+def _identity(config: TrainConfig, data: TextData) -> str:
+    """A hash of the settings and the data of a run; where it writes to does not matter."""
+    settings = {k: v for k, v in asdict(config).items() if k not in ("output", "overwrite")}
+    text = json.dumps([settings, _digest(data)])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _digest(data: TextData) -> str:
@@ -346,23 +391,3 @@ def _last_tenth(history: list[dict[str, Any]]) -> float:
     losses = [entry["loss"] for entry in history]
     tail = losses[-max(1, len(losses) // 10) :]
     return sum(tail) / len(tail) if tail else float("nan")
-
-
-def _peak_memory() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _step_of(path: Path) -> int:
-    return int(path.name.rpartition("-")[2])
-
-
-def _write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader sees the whole file or none."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)

@@ -1,0 +1,42 @@
+"""geolora compare: methods over a grid of step sizes, seeds and tasks, fairly, in one table."""
+
+import argparse
+from pathlib import Path
+
+EXAMPLES = """examples:
+  geolora compare comparison.yaml
+
+comparison.yaml:
+  output: comparison                # runs/, comparison.json, table.txt and figures
+  common: {model: ./my-model, max_steps: 200, max_length: 64}
+  tasks:
+    reviews: {train: train.jsonl, eval: dev.jsonl, text: sentence}
+  methods:
+    lora: {rank: 8, lr: [3e-4, 1e-3, 3e-3, 1e-2]}
+    geolora: {rank: 16, budget: 337920}
+  seeds: [0, 1, 2]
+  choose_on: 0.1                    # share of the training rows that choose lr
+  against: lora
+
+Settings are the flags of `geolora train`. Every run is one file; stopped, the same command goes on.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="YAML file, as below")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run what is missing, and print the table."""
+    from geolora.report.comparison import figures, table
+    from geolora.tasks.comparison import read_plan, run_all
+
+    plan = read_plan(arguments.config)
+    summary = run_all(plan, lambda line: print(line, flush=True))
+    text = table(summary)
+    Path(plan.output / "table.txt").write_text(text + "\n", encoding="utf-8")
+    drawn = figures(plan.output)
+    print(f"\n{text}\n")
+    print(
+        f"written: {plan.output}/comparison.json, table.txt" + "".join(f", {p.name}" for p in drawn)
+    )

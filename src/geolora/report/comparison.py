@@ -1,0 +1,240 @@
+"""Table and figures of a comparison, drawn from its comparison.json; no number is computed here."""
+
+import json
+import math
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from geolora.report.figures import rank_table
+
+COLUMNS = (
+    "task", "method", "lr", "score", "spread", "difference [95 %]", "parameters", "in the file",
+    "s/step", "peak MB",
+)  # fmt: skip
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The rows of a comparison as text: one per task and method, at the chosen step size."""
+    lines = [COLUMNS, *(_cells(row) for row in summary["rows"])]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
+    text = [
+        "  ".join(
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+    metrics = ", ".join(f"{task}: {name}" for task, name in summary["metrics"].items())
+    return "\n".join(
+        [
+            *text,
+            "",
+            f"Score: {metrics}; mean and spread (standard deviation) over seeds. Difference to "
+            f"{summary['against']}.",
+            "lr of every method chosen on training rows that were held back, never on the scored ones.",
+        ]
+    )
+
+
+def figures(folder: str | Path) -> list[Path]:
+    """Draw the figures of a comparison into its folder.
+
+    Returns:
+        Their paths; none where matplotlib is not installed.
+    """
+    if find_spec("matplotlib") is None:
+        return []
+    folder = Path(folder)
+    summary = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
+    drawn = {
+        "score_against_parameters.png": _against_parameters(summary),
+        "learning_rates.png": _learning_rates(summary),
+        "loss_curves.png": _loss_curves(summary),
+        "rank_maps.png": _rank_maps(summary),
+    }
+    paths = []
+    for name, figure in drawn.items():
+        figure.savefig(folder / name, dpi=150)
+        paths.append(folder / name)
+    return paths
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    gap = row.get("difference")
+    shown = f"{gap['mean']:+.4f} [{gap['low']:+.4f}, {gap['high']:+.4f}]" if gap else ""
+    count = f" ({row['diverged']} of {row['seeds']} diverged)" if row["diverged"] else ""
+    memory = row.get("peak_memory_bytes")
+    return (
+        row["task"],
+        row["method"],
+        "default" if row["lr"] is None else f"{row['lr']:g}",
+        (f"{row['value']:.4f}" if row["value"] is not None else "none") + count,
+        f"{row['spread']:.4f}" if row["spread"] is not None else "",
+        shown,
+        f"{row['adapter_parameters']:,}" if memory else "",
+        f"{row['exported_parameters']:,}" if memory else "",
+        f"{row['seconds_per_step']:.3f}" if memory else "",
+        f"{memory / 1e6:,.0f}" if memory else "",
+    )
+
+
+def _panels(summary: dict[str, Any], height: float = 3.6) -> tuple[Any, dict[str, Any]]:
+    """A figure with one panel per task."""
+    from matplotlib.figure import Figure
+
+    tasks = list(dict.fromkeys(row["task"] for row in summary["rows"]))
+    figure = Figure(figsize=(1.0 + 4.4 * len(tasks), height), layout="constrained")
+    axes = figure.subplots(1, len(tasks), squeeze=False)[0]
+    for task, panel in zip(tasks, axes, strict=True):
+        panel.set_title(task, fontsize="medium")
+        panel.grid(alpha=0.25)
+    return figure, dict(zip(tasks, axes, strict=True))
+
+
+def _colors(summary: dict[str, Any]) -> dict[str, str]:
+    """A colour per method, the same in every figure."""
+    methods = dict.fromkeys(row["method"] for row in summary["rows"])
+    return {method: f"C{i % 10}" for i, method in enumerate(methods)}
+
+
+def _legend(figure: Any, panel: Any) -> None:
+    handles, labels = panel.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=max(1, min(5, len(labels))))
+
+
+def _against_parameters(summary: dict[str, Any]) -> Any:
+    figure, panels = _panels(summary)
+    colors = _colors(summary)
+    for row in summary["rows"]:
+        if row["value"] is None:
+            continue
+        panel = panels[row["task"]]
+        panel.errorbar(
+            row["adapter_parameters"],
+            row["value"],
+            yerr=row["spread"],
+            fmt="o",
+            capsize=3,
+            color=colors[row["method"]],
+            label=row["method"],
+        )
+        panel.plot(
+            row["exported_parameters"],
+            row["value"],
+            marker="o",
+            fillstyle="none",
+            linestyle="none",
+            color=colors[row["method"]],
+        )
+    for task, panel in panels.items():
+        panel.set_xlabel("adapter parameters (open: numbers in the file)")
+        panel.set_ylabel(summary["metrics"].get(task, "score"))
+        panel.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:,.0f}k")
+    _legend(figure, next(iter(panels.values())))
+    return figure
+
+
+def _learning_rates(summary: dict[str, Any]) -> Any:
+    figure, panels = _panels(summary)
+    colors = _colors(summary)
+    chosen = {(row["task"], row["method"]): row["lr"] for row in summary["rows"]}
+    for task, panel in panels.items():
+        for method, color in colors.items():
+            points = sorted(
+                (
+                    (row["lr"], row)
+                    for row in summary["learning_rates"]
+                    if (row["task"], row["method"]) == (task, method)
+                    and row["lr"] is not None
+                    and row["value"] is not None
+                ),
+                key=lambda point: point[0],
+            )
+            if not points:
+                continue
+            panel.errorbar(
+                [lr for lr, _ in points],
+                [row["value"] for _, row in points],
+                yerr=[row["spread"] or 0.0 for _, row in points],
+                marker="o",
+                markersize=4,
+                capsize=3,
+                color=color,
+                label=method,
+            )
+            for lr, row in points:
+                if lr == chosen[task, method]:
+                    panel.plot(lr, row["value"], "o", markersize=9, fillstyle="none", color=color)
+        panel.set_xscale("log")
+        panel.set_xlabel("learning rate (ring: chosen on held-back training rows)")
+        panel.set_ylabel(summary["metrics"].get(task, "score"))
+    _legend(figure, next(iter(panels.values())))
+    return figure
+
+
+def _loss_curves(summary: dict[str, Any]) -> Any:
+    figure, panels = _panels(summary)
+    colors = _colors(summary)
+    for curve in summary["curves"]:
+        panels[curve["task"]].plot(
+            curve["steps"],
+            curve["losses"],
+            color=colors[curve["method"]],
+            label=curve["method"],
+            linewidth=1.2,
+        )
+    for panel in panels.values():
+        panel.set_xlabel("step")
+        panel.set_ylabel("training loss")
+    _legend(figure, next(iter(panels.values())))
+    return figure
+
+
+def _rank_maps(summary: dict[str, Any]) -> Any:
+    """Ranks by kind of module and depth: a row of panels per task, a panel per method."""
+    from matplotlib.figure import Figure
+
+    tasks = list(dict.fromkeys(entry["task"] for entry in summary["maps"]))
+    methods = list(dict.fromkeys(entry["method"] for entry in summary["maps"]))
+    laid = {
+        (entry["task"], entry["method"]): rank_table(entry["ranks"]) for entry in summary["maps"]
+    }
+    if not laid:
+        return Figure()
+    kinds = max(len(kinds) for kinds, _, _ in laid.values())
+    depths = max(len(depths) for _, depths, _ in laid.values())
+    figure = Figure(
+        figsize=(2.6 + len(methods) * (0.8 + 0.36 * depths), len(tasks) * (1.0 + 0.32 * kinds)),
+        layout="constrained",
+    )
+    grid = figure.subplots(len(tasks), len(methods), squeeze=False)
+    top = max(max(entry["ranks"].values()) for entry in summary["maps"])
+    image = None
+    for y, task in enumerate(tasks):
+        for x, method in enumerate(methods):
+            panel = grid[y][x]
+            if (task, method) not in laid:
+                panel.set_axis_off()
+                continue
+            names, columns, cells = laid[task, method]
+            image = panel.imshow(
+                [[math.nan if value is None else value for value in row] for row in cells],
+                vmin=0,
+                vmax=top,
+                cmap="viridis",
+                aspect="auto",
+            )
+            for i, row in enumerate(cells):
+                for j, value in enumerate(row):
+                    if value is not None:
+                        color = "w" if value < 0.6 * top else "k"
+                        panel.text(
+                            j, i, str(value), ha="center", va="center", fontsize=7, color=color
+                        )
+            panel.set_title(f"{task}: {method}", fontsize="small")
+            panel.set_xticks(range(len(columns)), columns, fontsize=7)
+            panel.set_yticks(range(len(names)), names if x == 0 else [""] * len(names), fontsize=7)
+    if image is not None:
+        figure.colorbar(image, ax=grid, label="rank", shrink=0.8)
+    return figure

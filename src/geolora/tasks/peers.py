@@ -1,0 +1,336 @@
+"""The methods of `geolora train`: GeoLoRA, and what PEFT has to compare it with.
+
+Everything but GeoLoRA is PEFT's own code, called and not rewritten:
+
+| method             | what PEFT does                                                      | paper            |
+|--------------------|---------------------------------------------------------------------|------------------|
+| lora               | LoRA, alpha = rank, AdamW                                           | arXiv 2106.09685 |
+| rslora             | LoRA with s = alpha / sqrt(rank)                                    | arXiv 2312.03732 |
+| dora               | LoRA and a magnitude per row of W                                   | arXiv 2402.09353 |
+| pissa              | LoRA from the leading singular vectors of W0 (exact SVD)            | arXiv 2404.02948 |
+| eva                | LoRA from the principal directions of the activations, ranks shared | arXiv 2410.07170 |
+| adalora            | three factors, importance-driven ranks; --rank is its first rank    | arXiv 2303.10512 |
+| riemannian         | LoRA, gradients preconditioned by (B^T B)^-1 and (A A^T)^-1, AdamW  | arXiv 2402.02347 |
+| lora-then-truncate | LoRA, then `convert_to_lora` down to --budget parameters            |                  |
+"""
+
+import math
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from geolora.adapter import export
+from geolora.errors import SettingError
+from geolora.factors import read_pair
+from geolora.pairs import find_pairs
+from geolora.trainer import for_trainer, split_rest
+
+if TYPE_CHECKING:
+    from geolora.tasks.config import TrainConfig
+
+METHODS = (
+    "geolora", "lora", "rslora", "dora", "pissa", "eva", "adalora", "riemannian",
+    "lora-then-truncate",
+)  # fmt: skip
+TAKES_BUDGET = ("geolora", "adalora", "lora-then-truncate")
+OWN_START = ("pissa", "eva", "adalora")
+SETTLE = 0.9
+"""Share of the steps after which GeoLoRA's ranks are judged a last time and then kept."""
+ADALORA_WARMUP, ADALORA_FINAL = 0.1, 0.4
+"""Shares of the steps before AdaLoRA's ranks fall and after they are final: PEFT has no default
+that works (0 and 0: the final mask is then never made), the paper's GLUE runs are near these."""
+TRUNCATED = "truncated"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The adapter that a run leaves.
+
+    Attributes:
+        ranks: {layer: rank}.
+        adapter_parameters: sum of rank * (d_in + d_out), and DoRA's magnitudes.
+        exported_parameters: numbers of the adapter in the file.
+    """
+
+    ranks: dict[str, int]
+    adapter_parameters: int
+    exported_parameters: int
+
+
+def check_method(config: "TrainConfig") -> None:
+    """Refuse flags that do not belong to the method.
+
+    Raises:
+        SettingError: which flag, and what it belongs to.
+    """
+    method = config.method
+    if config.budget is not None and method not in TAKES_BUDGET:
+        raise SettingError(f"`--budget` belongs to {', '.join(TAKES_BUDGET)}; got {method}.")
+    if config.budget is None and method == "lora-then-truncate":
+        raise SettingError("`--budget` must be given with lora-then-truncate: what to cut to.")
+    if config.start_rank is not None and method != "geolora":
+        raise SettingError(f"`--start-rank` belongs to --method geolora; got {method}.")
+    if config.init != "default" and method in OWN_START:
+        raise SettingError(f"`--init` must be default with {method}, which has its own start.")
+    if config.save_every is not None and method == "adalora":
+        raise SettingError(
+            "`--save-every` cannot be used with adalora: PEFT keeps its importance scores outside "
+            "every checkpoint. Leave it out."
+        )
+
+
+def add_adapter(
+    model: nn.Module, config: "TrainConfig", new: list[str], total: int, batches: Iterable[Any]
+) -> Any:
+    """A PeftModel with the method's adapter on all linear layers.
+
+    Args:
+        new: names of modules that are trained whole and saved (heads).
+        total: steps of the run. batches: tokenised training batches, for EVA's start.
+
+    Raises:
+        SettingError: a rank or budget that does not fit the model.
+    """
+    from peft import AdaLoraConfig, LoraConfig, TaskType, get_peft_model
+
+    common: dict[str, Any] = {
+        "lora_alpha": config.rank,
+        "target_modules": "all-linear",
+        "exclude_modules": new,
+        "modules_to_save": new,
+    }
+    if config.method == "adalora":
+        lora: Any = AdaLoraConfig(
+            **common,
+            init_r=config.rank,
+            target_r=_adalora_target(model, config, new),
+            tinit=round(ADALORA_WARMUP * total),
+            tfinal=round(ADALORA_FINAL * total),
+            total_step=total,
+        )
+    else:
+        start: Any = True if config.init == "default" else config.init
+        lora = LoraConfig(
+            **common,
+            r=config.rank,
+            use_rslora=config.method == "rslora",
+            use_dora=config.method == "dora",
+            init_lora_weights=config.method if config.method in ("pissa", "eva") else start,
+        )
+    # the task type only now: with it, PEFT would take any module whose name ends like a head
+    peft_model = get_peft_model(model, lora)
+    peft_model.peft_config["default"].task_type = TaskType.SEQ_CLS
+    if config.method == "eva":
+        _eva_start(peft_model, batches)
+    if config.method not in ("dora", "adalora"):
+        find_pairs(peft_model)
+    return peft_model
+
+
+def optimizer_of(config: "TrainConfig", total: int) -> tuple[type, dict[str, Any]]:
+    """What Trainer's `optimizer_cls_and_kwargs` takes for the method."""
+    settings: dict[str, Any] = {"rest_lr": config.rest_lr}
+    if config.lr is not None:
+        settings["lr"] = config.lr
+    if config.method == "geolora":
+        settings |= {
+            "start_rank": config.start_rank,
+            "tail": config.tail,
+            "budget": config.budget,
+            "settle_after": int(SETTLE * total),
+        }
+        return for_trainer("geolora", **settings)
+    if config.method == "riemannian":
+        return RiemannianFactory, settings
+    return for_trainer("lora", **settings)
+
+
+class RiemannianFactory:
+    """Builds PEFT's Riemannian-preconditioned AdamW; everything but LoRA at rest_lr."""
+
+    def __call__(
+        self, model: nn.Module, *_args: Any, lr: float = 1e-3, rest_lr: float = 1e-3
+    ) -> torch.optim.Optimizer:
+        """The optimizer of a model; no weight decay, PEFT's damping (1e-2)."""
+        from peft.optimizers import create_riemannian_optimizer
+
+        optimizer = create_riemannian_optimizer(
+            model,  # pyright: ignore[reportArgumentType]
+            torch.optim.AdamW,
+            lr=lr,
+            weight_decay=0.0,
+        )
+        (group,) = optimizer.param_groups
+        optimizer.param_groups.clear()
+        for part in split_rest(model, lr, rest_lr):
+            optimizer.add_param_group({**group, **part})
+        return optimizer
+
+
+def callbacks_of(model: Any, config: "TrainConfig") -> list[Any]:
+    """Trainer callbacks the method needs: AdaLoRA's allocator, which nobody else would call."""
+    if config.method != "adalora":
+        return []
+    from transformers import TrainerCallback
+
+    class Allocate(TrainerCallback):
+        """After the step and before zero_grad: importance is |weight * gradient|."""
+
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+            model.base_model.update_and_allocate(state.global_step)
+
+    return [Allocate()]
+
+
+def keep_start(model: Any, config: "TrainConfig", folder: Path) -> None:
+    """Write what the method needs later from before its first step (PiSSA's start)."""
+    if config.method == "pissa":
+        # PEFT asks that the start be saved as an ordinary one
+        held = model.peft_config["default"]
+        held.init_lora_weights, start = True, held.init_lora_weights
+        model.save_pretrained(folder)
+        held.init_lora_weights = start
+
+
+def finish(model: Any, config: "TrainConfig") -> None:
+    """What is left to do when training ends: the truncation of lora-then-truncate, in place."""
+    if config.method == "lora-then-truncate":
+        assert config.budget is not None  # noqa: S101 (check_method)
+        truncate(model, config.budget)
+
+
+def save(model: Any, config: "TrainConfig", folder: Path, start: Path) -> Kept:
+    """Write the adapter: by `geolora.export` where it is made of LoRA pairs, else by PEFT.
+
+    Args:
+        folder: where to. start: where `keep_start` wrote to.
+    """
+    if config.method not in ("dora", "pissa", "adalora"):
+        done = export(model, folder)
+        return Kept(done.ranks, done.adapter_parameters, done.exported_parameters)
+    shapes = {name: (d_in, d_out) for name, d_in, d_out in _lora_shapes(model)}
+    ranks = dict.fromkeys(shapes, config.rank)
+    if config.method == "adalora":
+        ranks = {name: _adalora_rank(model.base_model.model.get_submodule(name)) for name in shapes}
+    used = sum(ranks[name] * sum(shapes[name]) for name in shapes)
+    if config.method == "dora":
+        used += sum(d_out for _, d_out in shapes.values())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the base model's config is not looked up: nothing is new
+        if config.method == "pissa":
+            model.save_pretrained(folder, path_initial_model_for_weight_conversion=str(start))
+        else:
+            model.save_pretrained(folder)
+    return Kept(ranks, used, _lora_numbers(folder))
+
+
+def truncate(model: Any, budget: int) -> None:
+    """Replace a LoRA adapter by its best approximation of at most `budget` parameters.
+
+    PEFT's `convert_to_lora` with an energy threshold: in every layer the leading singular values
+    that hold this share of the energy. The threshold is the largest within the budget.
+
+    Raises:
+        SettingError: a budget below one direction in every layer.
+    """
+    from peft import set_peft_model_state_dict
+    from peft.tuners.lora.conversion import convert_to_lora
+
+    pairs = find_pairs(model)
+    energies, costs = [], [pair.d_in + pair.d_out for pair in pairs]
+    for pair in pairs:
+        squares = read_pair(pair.A.flatten(1), pair.B.flatten(1), pair.scale).sigma ** 2
+        energies.append((squares.cumsum(0) / squares.sum().clamp(min=1e-300)).tolist())
+    if budget < sum(costs):
+        raise SettingError(
+            f"`--budget` must hold one direction in every layer, {sum(costs)} parameters; got {budget}."
+        )
+
+    def needed(threshold: float) -> int:
+        ranks = (1 + sum(share < threshold for share in row) for row in energies)
+        return sum(
+            min(rank, len(row)) * cost
+            for rank, row, cost in zip(ranks, energies, costs, strict=True)
+        )
+
+    shares = sorted({share for row in energies for share in row})
+    fitting = [share for share in shares if needed(share) <= budget]
+    # just below a share, where rounding cannot tip it into the next rank
+    threshold = float(min(1.0, fitting[-1] * (1 - 1e-6))) if fitting else 1e-6
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # PEFT says that the model is LoRA already: that is the idea
+        lora, tensors = convert_to_lora(model, rank=threshold)
+    model.add_adapter(TRUNCATED, lora)
+    set_peft_model_state_dict(model, tensors, adapter_name=TRUNCATED)
+    model.set_adapter(TRUNCATED)
+
+
+def _eva_start(model: Any, batches: Iterable[Any]) -> None:
+    """PEFT's EVA: A from the activations of some batches, ranks shared out over the layers."""
+    from peft import initialize_lora_eva_weights
+    from peft.tuners.lora.eva import prepare_layer_inputs_fn_language_modeling as of_tokens
+
+    def of_layer(layer_input: Any, model_input: Any, layer_name: str) -> torch.Tensor:
+        """PEFT's rule for (batch, tokens, d); (batch, d), as poolers and heads see, as it is."""
+        first = layer_input[0] if isinstance(layer_input, list | tuple) else layer_input
+        return (
+            first.contiguous()
+            if first.dim() == 2
+            else of_tokens(layer_input, model_input, layer_name)
+        )
+
+    # labels per row, not per token: they are no mask
+    inputs = [{k: v for k, v in batch.items() if k != "labels"} for batch in batches]
+    initialize_lora_eva_weights(
+        model, inputs, prepare_layer_inputs_fn=of_layer, show_progress_bar=False
+    )
+
+
+def _adalora_target(model: nn.Module, config: "TrainConfig", new: list[str]) -> int:
+    """AdaLoRA's mean rank in the end: what the budget holds, or two thirds of --rank (PEFT's 12: 8)."""
+    if config.budget is None:
+        return max(1, round(config.rank * 2 / 3))
+    from transformers.pytorch_utils import Conv1D
+
+    linear = [
+        module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and name not in new
+    ]
+    cost = sum(sum(weight.shape) for weight in linear)
+    if config.budget < cost:
+        raise SettingError(
+            f"`--budget` must hold one direction in every layer, {cost} parameters; got "
+            f"{config.budget}."
+        )
+    return min(config.rank, config.budget // cost)
+
+
+def _adalora_rank(layer: Any) -> int:
+    return int((layer.lora_E["default"] != 0).sum())
+
+
+def _lora_shapes(model: Any) -> list[tuple[str, int, int]]:
+    from peft.tuners.lora import LoraLayer
+
+    return [
+        (name, int(module.in_features or 0), int(module.out_features or 0))
+        for name, module in model.base_model.model.named_modules()
+        if isinstance(module, LoraLayer) and getattr(module, "lora_A", None)
+    ]
+
+
+def _lora_numbers(folder: Path) -> int:
+    """Numbers of the LoRA tensors of a saved adapter."""
+    from safetensors import safe_open
+
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        shapes = [file.get_slice(key).get_shape() for key in file.keys() if "lora_" in key]  # noqa: SIM118
+    return sum(math.prod(shape) for shape in shapes)
