@@ -143,6 +143,8 @@ def test_one_of_two_adapters_is_trained() -> None:
     model.base_model.set_adapter(["default", "second"])
     with pytest.raises(PairingError, match=r"`adapter_name`.*\['default', 'second'\]"):
         find_pairs(model)
+    optimizer = geolora.GeoLoRA(model, adapter_name="second")
+    assert optimizer.settled_ranks() == {"first": 2}
 
 
 def test_injected_modules_without_a_peft_model() -> None:

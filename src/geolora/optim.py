@@ -166,7 +166,7 @@ class GeoLoRA(torch.optim.Optimizer):
         if rest:
             rest_group = {"kind": "rest", "params": rest, "lr": rest_lr}
             groups.append({**rest_group, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0})
-        unpaired = unpaired_lora_layers(model)
+        unpaired = unpaired_lora_layers(model, adapter_name)
         if unpaired:
             warnings.warn(
                 f"GeoLoRA: LoRA on embeddings is trained by AdamW: {at_most_three(unpaired)}.",

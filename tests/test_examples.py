@@ -1,0 +1,110 @@
+"""Every program in examples/ runs, and what it prints as a fact is one."""
+
+import importlib.util
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+
+import geolora
+from tolerances import bound
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
+WIDTH = 64
+
+
+def example(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def mean(losses: list[float]) -> float:
+    return sum(losses) / len(losses)
+
+
+def test_a_plain_loop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    program = example("train_in_a_plain_loop")
+    losses, same, difference = program.main(tmp_path)
+    assert "resumed run the same bit for bit: True" in capsys.readouterr().out
+    assert same
+    assert losses[0] == pytest.approx(losses[1], rel=0.1), "the first step has lr = 0"
+    assert mean(losses[-5:]) < 0.6 * losses[0]
+    assert difference <= bound(torch.float32, WIDTH)
+    assert geolora.verify(tmp_path / "adapter", program.base_model())
+
+
+def test_trainer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    program = example("train_with_trainer")
+    before, after, written, same, difference = program.main(tmp_path)
+    assert "resumed run the same bit for bit: True" in capsys.readouterr().out
+    assert same
+    assert after < 0.6 * before
+    assert program.BUDGET / 2 < written.adapter_parameters <= program.BUDGET
+    assert len(written.others) == 2, "the head is in the file"
+    assert difference <= bound(torch.float32, WIDTH)
+    assert geolora.verify(tmp_path / "adapter", program.base_model())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_quantised_base(dtype: torch.dtype, tmp_path: Path) -> None:
+    pytest.importorskip("torchao", reason="the int8 base needs torchao, of the dev group")
+    program = example("train_over_a_quantised_base")
+    losses, untouched, error, (over_int8, over_original) = program.main(tmp_path, dtype)
+    assert untouched
+    assert mean(losses[-5:]) < 0.6 * losses[0]
+    assert error <= bound(torch.float32, WIDTH), "the pairs are float32 over either base"
+    assert over_int8 <= bound(dtype, WIDTH, factor=2.0)
+    assert bound(torch.float32, WIDTH) < over_original < 0.1, "what int8 rounds away"
+    base = program.load_base(tmp_path / "base", dtype)
+    kinds = {type(p.data).__name__ for n, p in base.named_parameters() if "_proj" in n}
+    assert kinds == {"Int8Tensor"}
+    plain = program.load_base(tmp_path / "base", dtype, quantised=False)
+    assert geolora.verify(tmp_path / "adapter", plain)
+
+
+def test_one_of_two_adapters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    program = example("train_one_of_two_adapters")
+    losses, same, ranks, difference = program.main(tmp_path)
+    assert "base and reference the same bit for bit: True" in capsys.readouterr().out
+    assert same
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-4), "the policy starts as the reference"
+    assert mean(losses[-5:]) < 0.1 * losses[0]
+    assert difference <= bound(torch.float32, WIDTH)
+    for name, rank in zip(("reference", "policy"), ranks, strict=True):
+        loaded = PeftModel.from_pretrained(program.base_model(), tmp_path / name)
+        assert sum(geolora.ranks(loaded).values()) == rank > 0
+
+
+def test_every_example_is_tested_and_described() -> None:
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    linked = re.findall(r"\]\(\.\./examples/(\w+)\.py\)", page)
+    assert sorted(set(linked)) == EXAMPLES
+    tested = re.findall(r'example\("(\w+)"\)', Path(__file__).read_text(encoding="utf-8"))
+    assert sorted(tested) == EXAMPLES
+    for name in EXAMPLES:
+        text = (ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8")
+        assert f"python examples/{name}.py" in text
+
+
+def test_lines_shown_on_the_page_are_in_the_examples() -> None:
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    sections = re.split(r"^## ", page, flags=re.MULTILINE)
+    shown = 0
+    for section in sections:
+        linked = re.findall(r"\]\(\.\./examples/(\w+\.py)\)", section)
+        program = "".join((ROOT / "examples" / name).read_text("utf-8") for name in linked[:1])
+        lines = {line.split("  #")[0].strip() for line in program.splitlines()}
+        for block in re.findall(r"```python\n(.*?)```", section, re.DOTALL) if program else []:
+            for line in block.splitlines():
+                assert line.split("  #")[0].strip() in lines, line
+                shown += 1
+    assert shown > 10
