@@ -12,29 +12,31 @@ EXAMPLES = """examples:
       --text sentence --output out
   geolora train --model ./my-model --train pairs.csv --eval dev.csv --text premise \\
       --text-pair hypothesis --budget 100000 --output out
+  geolora train --config run.yaml --seed 1            model: ./my-model, train: train.csv, …
   geolora train --model ./my-model --train sts.csv --eval dev.csv --task text-regression \\
       --text a --text-pair b --label score --method lora --lr 1e-3 --output lora-out
 
-The output folder holds adapter/ (a PEFT adapter), report.json, history.json and figures. A run
-that was stopped goes on from its last checkpoint (--save-every) when started again with the same
-flags.
+The output folder holds adapter/ (a PEFT adapter), report.json, history.json and figures. A run that
+was stopped goes on when started again with the same flags: after Ctrl-C from the step it was at,
+after a crash from its last checkpoint (--save-every), exactly as if it had never stopped.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """One flag per field of `TrainConfig`."""
+    """One flag per field of `TrainConfig`; what is not given is not in the namespace."""
+    parser.add_argument("--config", help="YAML file of the flags below; flags given here win")
     hints = typing.get_type_hints(TrainConfig)
     for spec in dataclasses.fields(TrainConfig):
         flag, text = f"--{spec.name.replace('_', '-')}", spec.metadata["help"]
         if hints[spec.name] is bool:
-            parser.add_argument(flag, action="store_true", help=text)
+            parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
             continue
         default = "" if spec.default in (None, "") else f" ({spec.default})"
         choices = spec.metadata["choices"]
         parser.add_argument(
             flag,
             type=_plain(hints[spec.name]),
-            default=spec.default,
+            default=argparse.SUPPRESS,
             metavar=spec.name.upper(),
             help=text + (f": {', '.join(choices)}" if choices else "") + default,
         )
@@ -43,9 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Train, and print the result."""
     from geolora.tasks import text_classification as task
+    from geolora.tasks.strict_yaml import read_yaml, settings_of
 
-    names = [spec.name for spec in dataclasses.fields(TrainConfig)]
-    config = TrainConfig(**{name: getattr(arguments, name) for name in names})
+    path, names = arguments.config, [spec.name for spec in dataclasses.fields(TrainConfig)]
+    given = {name: value for name, value in vars(arguments).items() if name in names}
+    written = settings_of(read_yaml(path), TrainConfig, path) if path else {}
+    config = TrainConfig(**{**written, **given})
     report = task.run(config)
     draw_rank_map(config.output)
     print(summary(report, config.output))

@@ -33,7 +33,7 @@ class TrainConfig:
     text: str = _flag("text", "column of the text")
     text_pair: str | None = _flag(None, "column of a second text, for pairs")
     label: str = _flag("label", "column of the class or number")
-    method: str = _flag("geolora", "how the adapter is trained", METHODS)
+    method: str = _flag("geolora", "how the adapter is trained, all but geolora by PEFT", METHODS)
     init: str = _flag("default", "PEFT's start of A (B is 0)", INITS)
     rank: int = _flag(16, "physical width r of every pair: the most a layer can use")
     start_rank: int | None = _flag(None, "rank to start with (geolora); all of --rank if not given")

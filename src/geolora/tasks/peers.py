@@ -96,7 +96,7 @@ def add_adapter(
     Raises:
         SettingError: a rank or budget that does not fit the model.
     """
-    from peft import AdaLoraConfig, LoraConfig, TaskType, get_peft_model
+    from peft import AdaLoraConfig, EvaConfig, LoraConfig, TaskType, get_peft_model
 
     common: dict[str, Any] = {
         "lora_alpha": config.rank,
@@ -121,9 +121,12 @@ def add_adapter(
             use_rslora=config.method == "rslora",
             use_dora=config.method == "dora",
             init_lora_weights=config.method if config.method in ("pissa", "eva") else start,
+            eva_config=EvaConfig() if config.method == "eva" else None,
         )
     # the task type only now: with it, PEFT would take any module whose name ends like a head
-    peft_model = get_peft_model(model, lora)
+    with warnings.catch_warnings():  # a hint how EVA's start needs less memory
+        warnings.filterwarnings("ignore", "lora with eva initialization used", UserWarning)
+        peft_model = get_peft_model(model, lora)
     peft_model.peft_config["default"].task_type = TaskType.SEQ_CLS
     if config.method == "eva":
         _eva_start(peft_model, batches)

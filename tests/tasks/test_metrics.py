@@ -1,0 +1,29 @@
+"""Scores, plain and weighted: a weight of two is the row twice."""
+
+import numpy as np
+import pytest
+import torch
+
+from geolora.tasks.metrics import METRICS, score
+
+LABELS = [0, 1, 1, 2, 0, 1]
+CLASSES = [0, 1, 0, 2, 1, 1]
+NUMBERS = [0.1, 1.4, 0.2, 1.9, 0.6, 0.8]
+
+
+def test_accuracy() -> None:
+    assert score("accuracy", CLASSES, LABELS) == pytest.approx(4 / 6)
+
+
+def test_pearson_is_numpys() -> None:
+    assert score("pearson", NUMBERS, LABELS) == pytest.approx(np.corrcoef(NUMBERS, LABELS)[0, 1])
+    assert score("pearson", [1.0] * 6, LABELS) == 0.0
+
+
+@pytest.mark.parametrize("metric, predictions", [("accuracy", CLASSES), ("pearson", NUMBERS)])
+def test_weights_count_rows(metric: str, predictions: list) -> None:
+    weights = torch.tensor([[1, 2, 0, 1, 3, 1], [1, 1, 1, 1, 1, 1]], dtype=torch.float64)
+    found = METRICS[metric](torch.tensor(predictions), torch.tensor(LABELS), weights)
+    repeated = [i for i, count in enumerate([1, 2, 0, 1, 3, 1]) for _ in range(count)]
+    wanted = score(metric, [predictions[i] for i in repeated], [LABELS[i] for i in repeated])
+    assert found.tolist() == pytest.approx([wanted, score(metric, predictions, LABELS)])

@@ -1,0 +1,156 @@
+"""PEFT's methods through `geolora train`: what is trained is what the file holds, for stock peft."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from geolora.errors import SettingError
+from geolora.factors import read_pair
+from geolora.pairs import find_pairs
+from geolora.tasks import text_classification as task
+from geolora.tasks.config import TrainConfig, check
+from geolora.tasks.peers import METHODS, TRUNCATED, RiemannianFactory, truncate
+from models import lora_net, reviews, tiny_bert
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
+RANK = 6
+LRS = {"geolora": 3e-2, "adalora": 1e-1}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("peers") / "model"
+    tiny_bert(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data() -> task.TextData:
+    train, held_out = reviews(120), reviews(60, seed=1)
+    return task.with_classes(
+        [(row["text"],) for row in train],
+        [row["label"] for row in train],
+        [(row["text"],) for row in held_out],
+        [row["label"] for row in held_out],
+    )
+
+
+def settings(model: Path, method: str, **more: object) -> TrainConfig:
+    budget = 3000 if method == "lora-then-truncate" else None
+    base = TrainConfig(
+        model=str(model), method=method, rank=RANK, lr=LRS.get(method, 2e-2),
+        max_steps=60, batch_size=16,
+        output=str(model.parent / method), budget=budget,
+    )  # fmt: skip
+    return dataclasses.replace(base, **more)
+
+
+@pytest.fixture(scope="module")
+def outcomes(model: Path, data: task.TextData) -> dict[str, task.Outcome]:
+    return {method: task.train(settings(model, method), data) for method in METHODS}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_stock_peft_predicts_what_was_scored(
+    model: Path, data: task.TextData, outcomes: dict[str, task.Outcome], method: str
+) -> None:
+    outcome = outcomes[method]
+    folder = model.parent / method / "adapter"
+    base = AutoModelForSequenceClassification.from_pretrained(model, num_labels=2)
+    loaded = PeftModel.from_pretrained(base, str(folder)).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    texts = [text for (text,) in data.held_out]
+    with torch.no_grad():
+        logits = loaded(**tokenizer(texts, padding=True, return_tensors="pt")).logits
+    close = (logits[:, 0] - logits[:, 1]).abs() < 1e-4
+    wrong = (logits.argmax(-1) != torch.tensor(outcome.predictions)) & ~close
+    assert not wrong.any()
+    assert outcome.report["value"] > 0.8, "it has learnt something worth the check"
+    assert outcome.report["method"] == method
+
+
+def test_the_parameters_are_counted(outcomes: dict[str, task.Outcome]) -> None:
+    reports = {method: outcome.report for method, outcome in outcomes.items()}
+    full = reports["lora"]["adapter_parameters"]
+    for method in ("lora", "rslora", "riemannian"):
+        assert reports[method]["adapter_parameters"] == full
+        assert reports[method]["exported_parameters"] == full
+        assert set(reports[method]["ranks"].values()) == {RANK}
+    assert reports["dora"]["exported_parameters"] == reports["dora"]["adapter_parameters"] > full
+    assert reports["pissa"]["adapter_parameters"] == full
+    assert reports["pissa"]["exported_parameters"] == 2 * full
+    assert len(set(reports["eva"]["ranks"].values())) > 1, "EVA shares ranks out"
+    assert reports["lora-then-truncate"]["adapter_parameters"] <= 3000
+
+
+def test_adalora_gets_its_allocator(outcomes: dict[str, task.Outcome]) -> None:
+    ranks = outcomes["adalora"].report["ranks"].values()
+    assert len(ranks) * RANK * 2 // 3 == sum(ranks)
+    assert len(set(ranks)) > 1
+
+
+def test_methods_differ(outcomes: dict[str, task.Outcome]) -> None:
+    losses = [round(outcome.report["train_loss"], 9) for outcome in outcomes.values()]
+    alike = [("lora", "lora-then-truncate")]  # the same training
+    assert len(set(losses)) == len(losses) - len(alike)
+
+
+def test_truncation_is_the_best_within_the_budget() -> None:
+    torch.manual_seed(0)
+    model = lora_net(r=4)
+    for pair in find_pairs(model):
+        torch.nn.init.normal_(pair.B)
+    energies = [read_pair(p.A, p.B, p.scale).sigma ** 2 for p in find_pairs(model)]
+    costs = [p.d_in + p.d_out for p in find_pairs(model)]
+    for budget in (sum(costs), 130, 200, 4 * sum(costs)):
+        fresh = lora_net(r=4)
+        fresh.load_state_dict(model.state_dict())
+        truncate(fresh, budget)
+        ranks = [pair.r for pair in find_pairs(fresh, TRUNCATED)]
+        used = sum(rank * cost for rank, cost in zip(ranks, costs, strict=True))
+        assert used <= budget
+        shares = [float(e[:rank].sum() / e.sum()) for e, rank in zip(energies, ranks, strict=True)]
+        # one direction more in the layer that has lost most would not fit
+        worst = min(range(len(ranks)), key=lambda i: shares[i])
+        assert ranks[worst] == 4 or used + costs[worst] > budget
+    with pytest.raises(SettingError, match="must hold one direction in every layer"):
+        truncate(lora_net(r=4), sum(costs) - 1)
+
+
+def test_the_riemannian_optimizer_keeps_two_step_sizes() -> None:
+    optimizer = RiemannianFactory()(lora_net(r=4), lr=0.1, rest_lr=0.2)
+    assert [(len(g["params"]), g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [
+        (6, 0.1, 0.0),
+        (2, 0.2, 0.0),
+    ]
+    assert type(optimizer).__name__ == "RiemannianPreconditionedOptimizer"
+
+
+def test_adalora_takes_a_budget(model: Path, data: task.TextData) -> None:
+    config = settings(model, "adalora", budget=2000, output=str(model.parent / "budgeted"))
+    report = task.train(config, data).report
+    layers = AutoModelForSequenceClassification.from_pretrained(model)
+    plain = get_peft_model(layers, LoraConfig(r=1, target_modules="all-linear"))
+    cost = sum(
+        pair.d_in + pair.d_out for pair in find_pairs(plain) if "classifier" not in pair.name
+    )
+    assert sum(report["ranks"].values()) <= len(report["ranks"]) * (2000 // cost)
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        ({"method": "lora", "budget": 9}, "`--budget` belongs to geolora, adalora, lora-then"),
+        ({"method": "lora-then-truncate"}, "`--budget` must be given with lora-then-truncate"),
+        ({"method": "dora", "start_rank": 2}, "`--start-rank` belongs to --method geolora"),
+        ({"method": "pissa", "init": "gaussian"}, "`--init` must be default with pissa"),
+        ({"method": "adalora", "save_every": 5}, "`--save-every` cannot be used with adalora"),
+    ],
+)
+def test_flags_belong_to_methods(more: dict, message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        check(TrainConfig(model="m", output="none-such", **more))

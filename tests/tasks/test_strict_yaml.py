@@ -1,0 +1,72 @@
+"""YAML read strictly: numbers as people write them, and one line for everything that is wrong."""
+
+from pathlib import Path
+
+import pytest
+
+from geolora.errors import SettingError
+from geolora.tasks.config import TrainConfig
+from geolora.tasks.strict_yaml import read_yaml, settings_of
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_numbers_are_numbers(tmp_path: Path) -> None:
+    found = read_yaml(written(tmp_path, "a: 1e-3\nb: [3e-4, .5, 2, -1.5E2]\nc: v1e\nd: no\n"))
+    assert found == {"a": 1e-3, "b": [3e-4, 0.5, 2, -150.0], "c": "v1e", "d": False}
+
+
+def test_anchors_and_merging(tmp_path: Path) -> None:
+    found = read_yaml(written(tmp_path, "a: &x {b: 1, c: 2}\nd: {<<: *x, c: 3}\n"))
+    assert found["d"] == {"b": 1, "c": 3}
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("a: 1\nb: 2\na: 3", "`a` is given twice (line 3)"),
+        ("a: {b: 1, b: 2}", "`b` is given twice (line 1)"),
+        ("- a", "must be a mapping of settings.*got list"),
+        ("", "must be a mapping of settings.*got nothing"),
+        ("a: [1", "is not YAML in line 1"),
+        ("a: !!python/object/apply:os.getcwd []", "is not YAML in line 1: could not determine"),
+        ("? [1, 2]\n: 3", "a key is no plain word"),
+    ],
+)
+def test_what_is_no_settings_file(tmp_path: Path, text: str, message: str) -> None:
+    pattern = message.replace("(", r"\(").replace(")", r"\)")
+    with pytest.raises(SettingError, match=pattern):
+        read_yaml(written(tmp_path, text))
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="cannot be read"):
+        read_yaml(tmp_path / "none.yaml")
+
+
+def test_settings_take_both_spellings() -> None:
+    found = settings_of({"batch-size": 8, "lr": 1, "budget": None}, TrainConfig, "here")
+    assert found == {"batch_size": 8, "lr": 1.0, "budget": None}
+    assert isinstance(found["lr"], float)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"bugdet": 1}, "here: unknown key `bugdet`. Did you mean `budget`?"),
+        ({"rank": "8"}, "here: `rank` must be int; got str '8'"),
+        ({"rank": True}, "here: `rank` must be int; got bool True"),
+        ({"rank": 8.0}, "here: `rank` must be int; got float 8.0"),
+        ({"lr": "fast"}, "here: `lr` must be float or nothing; got str 'fast'"),
+        ({"model": None}, "here: `model` must be str; got NoneType None"),
+        ({"overwrite": "yes"}, "here: `overwrite` must be bool; got str 'yes'"),
+        ({"max-steps": 1, "max_steps": 2}, "here: `max_steps` is given twice"),
+    ],
+)
+def test_settings_of_another_kind(given: dict, message: str) -> None:
+    with pytest.raises(SettingError, match=message.replace("?", r"\?")):
+        settings_of(given, TrainConfig, "here")
