@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "saved": (*CORE, "pairs", "adapter", "folders"),
     "trainer": (*MODEL, "optim"),
     "tasks": (*MODEL, "optim", "adapter", "saved", "trainer", "tasks"),
-    "report": (),
+    "report": ("report",),
     "cli": (*MODEL, "optim", "adapter", "saved", "trainer", "tasks", "report", "cli"),
 }
 """Part of the package → the parts it may import; nothing else of ours."""

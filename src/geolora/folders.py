@@ -74,7 +74,7 @@ class SavedAdapter:
         folder: where it is.
         config: adapter_config.json.
         tensors: everything in the weights file, by key.
-        pairs: its LoRA pairs, in the order of the file.
+        pairs: its LoRA pairs, by name and number.
     """
 
     folder: Path
@@ -306,7 +306,13 @@ def _read_pairs(
             GeoloraWarning,
             stacklevel=3,
         )
-    return [_read_pair(file, config, name, both) for name, both in sides.items()]
+    names = sorted(sides, key=_in_order)
+    return [_read_pair(file, config, name, sides[name]) for name in names]
+
+
+def _in_order(name: str) -> list[str | int]:
+    """Sorts layer 2 before layer 10."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))]
 
 
 def _read_pair(file: Path, config: dict[str, Any], name: str, both: dict[str, Tensor]) -> SavedPair:

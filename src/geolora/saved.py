@@ -97,7 +97,7 @@ def inspect(path: str | Path, tail: float = 0.25, budget: int | None = None) -> 
         budget: adapter parameters to keep at most, sum of rank * (d_in + d_out); None for any.
 
     Returns:
-        One row per layer, in the order of the file.
+        One row per layer, by name and number.
 
     Raises:
         SettingError: tail outside [0, 1). BudgetError: less than one direction per layer.
