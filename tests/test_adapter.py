@@ -1,6 +1,8 @@
 """Adapters as files: what stock peft loads is what was trained."""
 
+import copy
 import json
+import math
 import warnings
 from pathlib import Path
 
@@ -342,6 +344,63 @@ def test_inspect_reads_any_lora_adapter(tmp_path: Path) -> None:
         share = float(values[row.tail_rank :].norm() / values.norm())
         assert share <= 0.5 < float(values[row.tail_rank - 1 :].norm() / values.norm())
         assert row.share_of_tail == pytest.approx(share, abs=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Adapter 'default'. 5 LoRA tensor")
+@pytest.mark.parametrize("rslora", [False, True])
+def test_inspect_agrees_with_what_peft_adds(rslora: bool, tmp_path: Path) -> None:
+    """Scale, patterns and kernels as peft reads them; heads and biases are no layers."""
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        layers = {
+            f"{i}": nn.ModuleDict({"fc": nn.Linear(12, 10), "up": nn.Linear(10, 14)})
+            for i in (2, 10)
+        }
+        return nn.ModuleDict({**layers, "conv": nn.Conv2d(3, 6, (2, 3)), "head": nn.Linear(4, 2)})
+
+    config = LoraConfig(
+        r=4, lora_alpha=6, use_rslora=rslora, target_modules=["fc", "up", "conv"], lora_bias=True,
+        rank_pattern={"10.fc": 2, "^2.up": 3}, alpha_pattern={"up": 5.5}, modules_to_save=["head"],
+    )  # fmt: skip
+    model = get_peft_model(build(), config)
+    for _, A, B, _ in pairs_of(model):
+        nn.init.normal_(A)
+        nn.init.normal_(B)
+    model.save_pretrained(tmp_path)
+    rows = geolora.inspect(tmp_path, tail=0.5)
+    assert [row.layer for row in rows] == ["2.fc", "2.up", "10.fc", "10.up", "conv"]
+    loaded = PeftModel.from_pretrained(build(), str(tmp_path)).get_base_model()
+    for row in rows:
+        delta = loaded.get_submodule(row.layer).get_delta_weight("default").detach().flatten(1)
+        assert (row.d_out, row.d_in) == delta.shape
+        values = torch.linalg.svdvals(delta)
+        assert row.rank == {"10.fc": 2, "2.up": 3}.get(row.layer, 4)
+        assert row.sigma == pytest.approx(values[: row.rank].tolist(), rel=1e-4)
+        assert (row.settled_rank, row.share_dropped) == (row.tail_rank, row.share_of_tail)
+
+
+def test_inspect_foretells_what_prune_leaves(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = lora_net(r=6, scale=2.0, dtype=torch.float32)
+    for name, A, B, _ in pairs_of(model):
+        nn.init.normal_(A)
+        if name != "second":  # never trained: no direction, but it keeps a slot that is paid for
+            nn.init.normal_(B)
+    model.save_pretrained(tmp_path)
+    for tail, budget in ((0.3, None), (0.3, 130), (0.0, 100), (0.9, 70)):
+        rows = {row.layer: row for row in geolora.inspect(tmp_path, tail, budget)}
+        found = geolora.prune(copy.deepcopy(model), tail, budget)
+        assert {name: row.settled_rank for name, row in rows.items()} == found
+        for row in rows.values():
+            size, lost = (math.hypot(*part) for part in (row.sigma, row.sigma[row.settled_rank :]))
+            assert row.share_dropped == pytest.approx(lost / size if size else 0.0)
+    assert found["second"] == 0
+    assert sum(found[row.layer] * (row.d_in + row.d_out) for row in rows.values()) <= 70
+    with pytest.raises(BudgetError, match="`budget` .*, 70 parameters; got 69"):
+        geolora.inspect(tmp_path, budget=69)
+    with pytest.raises(SettingError, match="`tail`.*got 1.0"):
+        geolora.inspect(tmp_path, tail=1.0)
 
 
 def test_a_trained_adapter_can_be_trained_on(tmp_path: Path) -> None:

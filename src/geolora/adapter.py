@@ -311,6 +311,7 @@ def _exported_config(
     config.use_rslora = False
     config.rank_pattern, config.alpha_pattern = {}, {}
     config.init_lora_weights = True
+    config.eva_config = None
     config.inference_mode = True
     config.target_modules = _target_modules(model, pairs)
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None

@@ -1,6 +1,6 @@
 """Finds the LoRA pairs of a PEFT model and accepts or refuses each, with the reason.
 
-With `adapter.py` and `saved.py` the only place that knows PEFT.
+With `adapter.py`, `folders.py` and `saved.py` what knows PEFT; `tasks/peers.py` calls its methods.
 
 | layer                                                     | treated                          |
 |-----------------------------------------------------------|----------------------------------|

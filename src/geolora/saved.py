@@ -3,27 +3,55 @@
 Any PEFT LoRA adapter can be inspected; `verify` needs the probes that `export` writes.
 """
 
-import json
+import os
 import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from geolora.adapter import CONFIG, PROBES, WEIGHTS
-from geolora.errors import AdapterError, SettingError, VerificationError
+from geolora.adapter import CONFIG
+from geolora.errors import AdapterError, BudgetError, SettingError, VerificationError
 from geolora.factors import read_pair
-from geolora.kernels.truncate import rank_by_tail
+from geolora.folders import (
+    HUB_NAME,
+    SavedAdapter,
+    first_line,
+    read_adapter,
+    read_json,
+    read_probes,
+    shown,
+)
+from geolora.kernels.truncate import rank_by_tail, settled_ranks
 from geolora.pairs import PREFIX
+
+FAILURES = (
+    OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError, re.error,
+    SafetensorError,
+)  # fmt: skip
+"""What peft and transformers raise for files that do not fit; their reason is passed on."""
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """A row of `inspect`."""
+    """A row of `inspect`.
+
+    Attributes:
+        layer: name in the base model.
+        d_out, d_in: shape of W; a kernel is flattened into d_in.
+        rank: directions in use, the numerical rank of W = s B A.
+        sigma: singular values of W, descending, as many as `rank`.
+        tail_rank: rank needed for the tail.
+        share_of_tail: ||what that would drop|| / ||sigma||.
+        settled_rank: rank needed for the tail and within the budget over all layers, what
+            `geolora.prune` leaves; `tail_rank` without a budget.
+        share_dropped: ||what that would drop|| / ||sigma||.
+    """
 
     layer: str
     d_out: int
@@ -32,6 +60,8 @@ class LayerReport:
     sigma: list[float]
     tail_rank: int
     share_of_tail: float
+    settled_rank: int
+    share_dropped: float
 
 
 @torch.no_grad()
@@ -48,118 +78,131 @@ def verify(path: str | Path, base: nn.Module | str | Path | None = None) -> dict
 
     Raises:
         VerificationError: a layer is missing, superfluous or computes something else.
-        AdapterError: no adapter, or no probes, in the folder.
+        AdapterError: no adapter that can be read, or no probes, in the folder.
     """
-    from safetensors.torch import load_file
-
-    folder = Path(path)
-    _demand_adapter(folder)
-    if not (folder / PROBES).is_file():
-        raise AdapterError(
-            f"verify: `path` must hold {PROBES}; {folder} does not. Write it with geolora.export."
-        )
-    probes = load_file(folder / PROBES)
+    saved = read_adapter(path)
+    probes = read_probes(saved)
     if base is None or isinstance(base, str | Path):
-        base = load_base(folder, base)
-    return _probe_errors(_over(base, folder), probes, _stored_dtype(folder))
+        base = load_base(saved, base)
+    stored = next(tensor.dtype for key, tensor in saved.tensors.items() if ".lora_A." in key)
+    return _probe_errors(_over(base, saved), probes, stored)
 
 
-def inspect(path: str | Path, tail: float = 0.25) -> list[LayerReport]:
+def inspect(path: str | Path, tail: float = 0.25, budget: int | None = None) -> list[LayerReport]:
     """Rank and singular values of every layer of a saved LoRA adapter, geolora's or not.
 
     Args:
         path: a PEFT adapter folder; the base model is not needed.
-        tail: the tail for which `tail_rank` and `share_of_tail` are given.
+        tail: fraction of ||sigma||_2 a layer may lose, in [0, 1).
+        budget: adapter parameters to keep at most, sum of rank * (d_in + d_out); None for any.
 
     Returns:
-        One row per layer: its numerical rank, singular values of s B A in descending order, the
-        rank needed for the given tail, and ||what that would drop|| / ||sigma||.
-    """
-    from safetensors.torch import load_file
+        One row per layer, by name and number.
 
-    folder = Path(path)
+    Raises:
+        SettingError: tail outside [0, 1). BudgetError: less than one direction per layer.
+        AdapterError: no LoRA adapter that can be read in the folder.
+    """
     if not 0 <= tail < 1:
         raise SettingError(f"inspect: `tail` must be in [0, 1); got {tail}.")
-    _demand_adapter(folder)
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    tensors = load_file(folder / WEIGHTS)
+    pairs = read_adapter(path).pairs
+    costs = [pair.B.shape[0] + pair.A.shape[1] for pair in pairs]
+    if budget is not None and budget < sum(costs):
+        raise BudgetError(
+            f"inspect: `budget` must hold one direction in every layer, {sum(costs)} parameters; "
+            f"got {budget}. Raise it."
+        )
+    sigmas = [read_pair(pair.A, pair.B, pair.scale).sigma for pair in pairs]
+    sigmas = [sigma[sigma > 0] for sigma in sigmas]
+    settled = settled_ranks(sigmas, costs, tail, budget)
     rows = []
-    for key in tensors:
-        if not key.endswith(".lora_A.weight"):
-            continue
-        name = key.removesuffix(".lora_A.weight").removeprefix(PREFIX)
-        A = tensors[key].flatten(1)
-        B = tensors[key.replace(".lora_A.", ".lora_B.")].flatten(1)
-        sigma = read_pair(A, B, _saved_scale(config, name)).sigma
-        sigma = sigma[sigma > 0]
-        rank = int(rank_by_tail(sigma, tail)) if sigma.numel() else 0
-        size = float(torch.linalg.vector_norm(sigma))
-        share = float(torch.linalg.vector_norm(sigma[rank:])) / size if size else 0.0
-        shape = (B.shape[0], A.shape[1])
-        rows.append(LayerReport(name, *shape, sigma.numel(), sigma.tolist(), rank, share))
-    if not rows:
-        raise AdapterError(f"inspect: `path` must hold LoRA pairs; {folder} has none.")
+    for pair, sigma, kept in zip(pairs, sigmas, settled, strict=True):
+        by_tail, kept = int(rank_by_tail(sigma, tail)), min(kept, len(sigma))
+        rows.append(
+            LayerReport(
+                pair.name,
+                pair.B.shape[0],
+                pair.A.shape[1],
+                len(sigma),
+                sigma.tolist(),
+                by_tail,
+                _share_after(sigma, by_tail),
+                kept,
+                _share_after(sigma, kept),
+            )
+        )
     return rows
+
+
+def _share_after(sigma: Tensor, rank: int) -> float:
+    """||sigma beyond a rank|| / ||sigma||; 0 for nothing at all."""
+    size = float(torch.linalg.vector_norm(sigma))
+    return float(torch.linalg.vector_norm(sigma[rank:])) / size if size else 0.0
+
+
+def as_rows(reports: list[LayerReport]) -> list[dict[str, Any]]:
+    """Plain dicts of `inspect`'s rows, for JSON, text and figures."""
+    return [asdict(report) for report in reports]
+
+
+# ---- over a base model --------------------------------------------------------------------------
 
 
 def load_adapter(path: str | Path, base: str | Path | None = None) -> Any:
     """A saved LoRA adapter over its base model, as a PeftModel.
 
     Raises:
-        AdapterError: no adapter in the folder, or a base model that cannot be loaded.
+        AdapterError: no adapter that can be read, or a base model that cannot be loaded.
     """
-    folder = Path(path)
-    _demand_adapter(folder)
-    return _over(load_base(folder, base), folder)
+    saved = read_adapter(path)
+    return _over(load_base(saved, base), saved)
 
 
-def _over(base: nn.Module, folder: Path) -> Any:
+def _over(base: nn.Module, saved: SavedAdapter) -> Any:
     """PeftModel of a base and a saved adapter; every tensor of the file must find its place."""
     from peft import PeftModel, get_peft_model_state_dict
-    from safetensors.torch import load_file
 
     name = type(base).__name__
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # missing keys: told below, by name
-            loaded = PeftModel.from_pretrained(base, str(folder))
+            loaded = PeftModel.from_pretrained(base, str(saved.folder))
             held = get_peft_model_state_dict(loaded)
-    except (ValueError, RuntimeError, KeyError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise AdapterError(f"geolora: {folder} does not fit {name}: {first}") from error
-    wrong = sorted(set(held) ^ set(load_file(folder / WEIGHTS)))
-    if wrong:
+    except FAILURES as error:
         raise AdapterError(
-            f"geolora: {folder} does not fit {name}: `{wrong[0]}` is only in one of them. Give the "
-            "model the adapter was trained on, with its head."
+            f"{saved.folder} does not fit {name}: {first_line(error)}. Give the model the adapter "
+            "was trained on as `base`."
+        ) from error
+    wrong = sorted(set(held) ^ set(saved.tensors))
+    if wrong:
+        where = "the adapter" if wrong[0] in saved.tensors else "the model"
+        raise AdapterError(
+            f"{saved.folder} does not fit {name}: `{wrong[0]}` is only in {where}. Give the model "
+            "the adapter was trained on, with its head."
         )
     return loaded
 
 
-def _stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype of the pairs in the file."""
-    from safetensors.torch import load_file
+def load_base(saved: SavedAdapter, base: str | Path | None = None) -> nn.Module:
+    """The base model of an adapter, loaded with `transformers`; code beside it is never run.
 
-    return next(t.dtype for k, t in load_file(folder / WEIGHTS).items() if ".lora_A." in k)
+    Args:
+        saved: the adapter.
+        base: a model folder or a name on the Hub; None for the one the adapter names, which must
+            not climb out of the working directory.
 
-
-def load_base(folder: Path, base: str | Path | None = None) -> nn.Module:
-    """The base model an adapter folder belongs to, loaded with `transformers`."""
+    Raises:
+        AdapterError: there is no such model, or it cannot be loaded.
+    """
     import transformers
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    name = str(base or config.get("base_model_name_or_path") or "")
-    if not name:
-        raise AdapterError(
-            f"geolora: {folder / CONFIG} names no base model. Say which one with `base`."
-        )
-    options = {}
-    if config.get("task_type") == "SEQ_CLS":
+    name = _base_name(saved, base)
+    options: dict[str, Any] = {}
+    task = saved.config.get("task_type")
+    if task == "SEQ_CLS":
         heads = [
             value.shape[0]
-            for key, value in load_file(folder / WEIGHTS).items()
+            for key, value in saved.tensors.items()
             if value.dim() == 2
             and re.search(r"(^|\.)(classifier|score)(\.out_proj)?\.weight$", key)
         ]
@@ -170,25 +213,72 @@ def load_base(folder: Path, base: str | Path | None = None) -> nn.Module:
     logging.disable_progress_bar()
     kinds = {"SEQ_CLS": "AutoModelForSequenceClassification", "CAUSAL_LM": "AutoModelForCausalLM"}
     try:
-        auto = kinds.get(config.get("task_type") or "")
-        if auto is None:  # the class the base was saved as
-            saved_as = transformers.AutoConfig.from_pretrained(name).architectures or ["AutoModel"]
-            auto = saved_as[0] if hasattr(transformers, saved_as[0]) else "AutoModel"
-        return getattr(transformers, auto).from_pretrained(name, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise AdapterError(f"geolora: base model `{name}` cannot be loaded: {first}") from error
+        if task in kinds:
+            auto = getattr(transformers, kinds[task])
+        else:  # the class the base was saved as
+            config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+            auto = getattr(transformers, (config.architectures or ["AutoModel"])[0], None)
+            if not (isinstance(auto, type) and issubclass(auto, transformers.PreTrainedModel)):
+                auto = transformers.AutoModel
+        return auto.from_pretrained(name, trust_remote_code=False, **options)
+    except FAILURES as error:
+        raise AdapterError(
+            f"base model `{name}` cannot be loaded: {first_line(error)}. Say another one with `base`."
+        ) from error
     finally:
         logging.set_verbosity(level)
 
 
-def as_rows(reports: list[LayerReport]) -> list[dict[str, Any]]:
-    """Plain dicts of `inspect`'s rows, for JSON."""
-    return [asdict(report) for report in reports]
+def _base_name(saved: SavedAdapter, given: str | Path | None) -> str:
+    """The folder or Hub name of the base model, as far as it may be loaded."""
+    name = str(given) if given else saved.config.get("base_model_name_or_path")
+    file = saved.folder / CONFIG
+    if not name:
+        raise AdapterError(f"{file} names no base model. Say which one with `base`.")
+    what = "`base`" if given else f"{file}: `base_model_name_or_path`"
+    needed = f"{what} must be a model folder that exists, or a name on the Hub; got {shown(name)}"
+    if not isinstance(name, str):
+        raise AdapterError(f"{needed}. Say which one with `base`.")
+    if not given and ".." in name.replace("\\", "/").split("/"):
+        raise AdapterError(
+            f"{needed}, which climbs out of the folder it was written in. If that is the model, "
+            "say so with `base`."
+        )
+    if os.path.isdir(name):  # noqa: PTH112 - Path.is_dir raises for names that are too long
+        _check_model_folder(Path(name))
+    elif not HUB_NAME.fullmatch(name):
+        raise AdapterError(f"{needed}, which is neither. Say where it is with `base`.")
+    return name
+
+
+def _check_model_folder(folder: Path) -> None:
+    """Refuse a base model folder that would lead transformers to files elsewhere."""
+    if (folder / CONFIG).exists():
+        raise AdapterError(
+            f"base model `{folder}` cannot be loaded: it holds {CONFIG}, so it is an adapter itself. "
+            "Say which model it was trained on with `base`."
+        )
+    for file in sorted(folder.glob("*.index.json")):
+        shards = read_json(file).get("weight_map")
+        for shard in shards.values() if isinstance(shards, dict) else [shards]:
+            if not isinstance(shard, str) or _leads_elsewhere(shard):
+                raise AdapterError(
+                    f"{file}: `weight_map` must name files of its own folder; got {shown(shard)}. "
+                    "Save the model again."
+                )
+
+
+def _leads_elsewhere(name: str) -> bool:
+    """Whether a path is absolute or climbs, on any system."""
+    paths = (PurePosixPath(name), PureWindowsPath(name))
+    return any(path.anchor or ".." in path.parts for path in paths)
+
+
+# ---- probes -------------------------------------------------------------------------------------
 
 
 def _probe_errors(
-    loaded: nn.Module, probes: Mapping[str, Tensor], stored: torch.dtype
+    loaded: nn.Module, probes: Mapping[str, tuple[Tensor, Tensor]], stored: torch.dtype
 ) -> dict[str, float]:
     from peft.tuners.lora import LoraLayer
 
@@ -197,15 +287,14 @@ def _probe_errors(
         for name, module in loaded.named_modules()
         if isinstance(module, LoraLayer)
     }
-    expected = {key.removesuffix(".x") for key in probes if key.endswith(".x")}
-    if wrong := sorted(set(layers) ^ expected):
+    if wrong := sorted(set(layers) ^ set(probes)):
         raise VerificationError(
             f"verify: the adapter and its probes must have the same layers; {wrong[0]} is only in "
             f"{'the adapter' if wrong[0] in layers else 'the probes'}."
         )
     errors = {}
     for name, layer in layers.items():
-        x, y = probes[f"{name}.x"], probes[f"{name}.y"]
+        x, y = probes[name]
         delta = layer.get_delta_weight("default").detach().cpu()
         if getattr(layer, "fan_in_fan_out", False):
             delta = delta.mT
@@ -220,31 +309,3 @@ def _probe_errors(
                 "rank or alpha was not applied; export it again."
             )
     return errors
-
-
-def _saved_scale(config: dict[str, Any], name: str) -> float:
-    """s of a layer as peft computes it on load."""
-    from peft.utils.other import get_pattern_key
-
-    def of(pattern: str, default: float) -> float:
-        table = config.get(pattern) or {}
-        return table.get(get_pattern_key(list(table), name), default)
-
-    r, alpha = of("rank_pattern", config["r"]), of("alpha_pattern", config["lora_alpha"])
-    return alpha / (r**0.5 if config.get("use_rslora") else r)
-
-
-def _demand_adapter(folder: Path) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise AdapterError(
-                f"geolora: `path` must be a PEFT adapter folder; {folder} has no {name}."
-            )
-    try:
-        json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        load_file(folder / WEIGHTS)
-    except (ValueError, OSError, SafetensorError) as error:
-        raise AdapterError(f"geolora: {folder} cannot be read: {error}.") from error

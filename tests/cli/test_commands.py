@@ -203,6 +203,10 @@ def test_train_is_reproducible_and_goes_on_where_it_was_stopped(
         (["demo", "--steps", "0", "--output", "{out}"], "`--steps` must be above 0"),
         (["tarin"], "unknown command `tarin`. Did you mean `train`?"),
         ([], "the following arguments are required: COMMAND"),
+        (["inspect", "{files}", "--tail", "1"], "inspect: `tail` must be in [0, 1); got 1.0"),
+        (["inspect", "{files}", "--tail", "nan"], "inspect: `tail` must be in [0, 1); got nan"),
+        (["inspect", "{files}", "--budget", "many"], "--budget: invalid int value: 'many'"),
+        (["inspect", "{files}", "--figures", "{files}/train.csv"], "`--figures` must be a folder; .*train.csv is a file"),
         (["inspect", "{files}"], "must be a PEFT adapter folder; .* has no adapter_config.json"),
         (["verify", "{files}"], "must be a PEFT adapter folder"),
         (["export", "{files}", "{out}"], "must be a PEFT adapter folder"),
@@ -255,6 +259,51 @@ def test_inspect_export_verify(geolora: Callable, files: Path, tmp_path: Path) -
     assert "relative error" in out
     assert geolora("export", adapter, tmp_path / "one", "--rank", "99")[0] == 2
     assert geolora("export", adapter, tmp_path / "one", "--rank", "2", "--overwrite")[0] == 0
+
+
+def test_inspect_shows_and_draws_what_a_budget_leaves(
+    geolora: Callable, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert geolora("train", "--method", "lora", "--lr", "3e-3", "--max-steps", "4")[0] == 0
+    adapter, drawn = tmp_path / "out" / "adapter", tmp_path / "figures"
+    full = json.loads(geolora("inspect", adapter, "--json")[1])
+    cost = {row["layer"]: row["d_out"] + row["d_in"] for row in full}
+    budget = 2 * sum(cost.values())
+    code, out, err = geolora("inspect", adapter, "--tail", "0", "--budget", budget, "--json")
+    assert code == 0, err
+    rows = json.loads(out)
+    assert sum(row["settled_rank"] * cost[row["layer"]] for row in rows) <= budget
+    assert {row["tail_rank"] for row in rows} == {4}
+    code, out, err = geolora("inspect", adapter, "--tail", "0", "--budget", budget)
+    assert code == 0, err
+    assert f"rank needed at tail 0 and budget {budget:,}\n" in out
+    for row in rows:
+        line = next(line for line in out.splitlines() if line.startswith(row["layer"]))
+        after = line.split()
+        assert after[4:6] == ["4", str(row["settled_rank"])]
+        assert "█" in after[-1]
+    assert not drawn.exists()
+
+    pytest.importorskip("matplotlib", reason="the plots extra is not installed")
+    code, out, err = geolora("inspect", adapter, "--figures", drawn)
+    assert code == 0, err
+    assert f"drawn: {drawn / 'ranks.png'}, {drawn / 'spectra.png'}" in out
+    assert sorted(path.name for path in drawn.iterdir()) == ["ranks.png", "spectra.png"]
+    code, out, err = geolora("inspect", adapter, "--figures", drawn)
+    assert (code, out) == (2, "")
+    assert "ranks.png exists. Choose another folder, or add --overwrite." in err
+    (drawn / "ranks.png").write_text("old")
+    assert geolora("inspect", adapter, "--figures", drawn, "--overwrite", "--json")[0] == 0
+    assert (drawn / "ranks.png").read_bytes().startswith(b"\x89PNG")
+
+    from geolora.report import figures
+
+    monkeypatch.setattr(figures, "find_spec", lambda _: None)
+    code, out, err = geolora("inspect", adapter, "--figures", tmp_path / "more")
+    assert (code, out) == (2, "")
+    assert err == "geolora: `--figures` needs matplotlib; run: pip install 'geolora[plots]'.\n"
+    assert not (tmp_path / "more").exists()
+    assert geolora("inspect", adapter)[0] == 0
 
 
 def test_export_keeps_the_old_folder_until_the_new_one_is_whole(

@@ -18,7 +18,7 @@ from models import lora_net, reviews, tiny_bert
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 RANK = 6
-LRS = {"geolora": 3e-2, "adalora": 1e-1}
+LRS = {"geolora": 3e-2, "adalora": 1e-1, "rslora": 1e-2}
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +54,8 @@ def outcomes(model: Path, data: task.TextData) -> dict[str, task.Outcome]:
     return {method: task.train(settings(model, method), data) for method in METHODS}
 
 
+# peft 0.21 says this of every AdaLoRA adapter it wrote itself
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match:RuntimeWarning")
 @pytest.mark.parametrize("method", METHODS)
 def test_stock_peft_predicts_what_was_scored(
     model: Path, data: task.TextData, outcomes: dict[str, task.Outcome], method: str

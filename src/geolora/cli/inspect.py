@@ -3,42 +3,82 @@
 import argparse
 import json
 import math
+import sys
+from pathlib import Path
 
 EXAMPLES = """examples:
   geolora inspect out/adapter
-  geolora inspect some-lora --tail 0.2
+  geolora inspect some-lora --tail 0.2 --figures figures
+  geolora inspect some-lora --tail 0 --budget 200000
   geolora inspect out/adapter --json > ranks.json
+
+What is needed is what `geolora.prune` with the same tail and budget leaves.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", help="PEFT adapter folder; the base model is not needed")
-    parser.add_argument("--tail", type=float, default=0.25, help="tail to judge by (0.25)")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument(
+        "--tail", type=float, default=0.25, help="part of its norm a layer may lose (0.25)"
+    )
+    parser.add_argument("--budget", type=int, help="adapter parameters to keep at most, in all")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    parser.add_argument("--figures", help="folder for ranks.png and spectra.png")
+    parser.add_argument("--overwrite", action="store_true", help="replace figures that exist")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print a row per layer."""
+    """Print a rank map and a row per layer; draw them where asked."""
+    from geolora.report import figures, text
     from geolora.saved import as_rows, inspect
 
-    rows = inspect(arguments.adapter, arguments.tail)
+    if arguments.figures is not None:
+        _check_figures(Path(arguments.figures), arguments.overwrite)
+    rows = as_rows(inspect(arguments.adapter, arguments.tail, arguments.budget))
+    limit = f"tail {arguments.tail:g}"
+    if arguments.budget is not None:
+        limit += f" and budget {arguments.budget:,}"
+    paths = []
+    if arguments.figures is not None:
+        Path(arguments.figures).mkdir(parents=True, exist_ok=True)
+        paths = figures.adapter_figures(rows, Path(arguments.figures), f"rank needed at {limit}")
     if arguments.json:
-        print(json.dumps(as_rows(rows), indent=2))
+        print(json.dumps(rows, indent=2))
         return
-    wide = max(len("layer"), *(len(row.layer) for row in rows))
-    judged = f"rank at tail {arguments.tail:g}"
-    print(f"{'layer':{wide}}  {'shape':>12}  rank  {judged}  {'tail':>6}  leading singular values")
-    for row in rows:
-        leading = " ".join(f"{value:.3g}" for value in row.sigma[:4]) or "-"
-        shape = f"{row.d_out} x {row.d_in}"
-        print(
-            f"{row.layer:{wide}}  {shape:>12}  {row.rank:4d}  {row.tail_rank:{len(judged)}d}  "
-            f"{row.share_of_tail:6.3f}  {leading}"
-        )
-    used = sum(row.rank * (row.d_out + row.d_in) for row in rows)
-    needed = sum(row.tail_rank * (row.d_out + row.d_in) for row in rows)
-    size = math.hypot(*(value for row in rows for value in row.sigma))
+    print(text.rank_map({row["layer"]: row["rank"] for row in rows}, "rank now"))
+    needed = {row["layer"]: row["settled_rank"] for row in rows}
+    print(text.rank_map(needed, f"\nrank needed at {limit}"))
+    print("\n" + text.layer_rows(rows, "needed", _can_show(text.BLOCKS)))
+    cost = {row["layer"]: row["d_out"] + row["d_in"] for row in rows}
     print(
-        f"{len(rows)} layers, {used:,} parameters in use, {needed:,} needed at tail "
-        f"{arguments.tail:g}; ||W|| = {size:.4g}"
+        f"{len(rows)} layer{'s' * (len(rows) > 1)}, {sum(row['rank'] * cost[row['layer']] for row in rows):,} parameters "
+        f"in use, {sum(rank * cost[layer] for layer, rank in needed.items()):,} needed at {limit}; "
+        f"||W|| = {math.hypot(*(value for row in rows for value in row['sigma'])):.4g}"
     )
+    if paths:
+        print(f"drawn: {', '.join(map(str, paths))}")
+
+
+def _check_figures(folder: Path, overwrite: bool) -> None:
+    """Refuse figures that cannot or must not be drawn, before anything is read."""
+    from geolora.errors import OutputError, SettingError
+    from geolora.report import figures
+
+    if not figures.can_draw():
+        raise SettingError("`--figures` needs matplotlib; run: pip install 'geolora[plots]'.")
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"`--figures` must be a folder; {folder} is a file. Choose another.")
+    there = [folder / name for name in figures.NAMES if (folder / name).exists()]
+    if there and not overwrite:
+        raise OutputError(
+            f"`--figures`: {there[0]} exists. Choose another folder, or add --overwrite."
+        )
+
+
+def _can_show(characters: str) -> bool:
+    """Whether standard output takes these characters."""
+    try:
+        characters.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True

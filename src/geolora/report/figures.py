@@ -1,10 +1,26 @@
-"""Figures of a run, drawn from its report.json. Needs the `plots` extra; without it none is drawn."""
+"""Figures of a run, from its report.json, and of an adapter, from the rows of `geolora.inspect`.
+
+They need the `plots` extra.
+"""
 
 import json
-import re
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
+
+from geolora.report.layout import depth_order, places, rank_table
+
+NAMES = ("ranks.png", "spectra.png")
+"""What `adapter_figures` writes."""
+
+FLOOR = 1e-4
+"""Singular values below this part of the largest are not shown."""
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is installed."""
+    return find_spec("matplotlib") is not None
 
 
 def rank_map(folder: str | Path) -> Path | None:
@@ -13,17 +29,45 @@ def rank_map(folder: str | Path) -> Path | None:
     Returns:
         The figure, or None where matplotlib is not installed.
     """
-    if find_spec("matplotlib") is None:
+    if not can_draw():
         return None
     from matplotlib.figure import Figure
 
     folder = Path(folder)
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    kinds, depths, table = rank_table(report["ranks"])
+    kinds, depths, _ = rank_table(report["ranks"])
     width = 2.0 + 0.09 * max(map(len, kinds)) + 0.55 * len(depths)
     figure = Figure(figsize=(width, 1.6 + 0.4 * len(kinds)), layout="constrained")
     axes = figure.subplots()
-    top = max(report["ranks"].values())
+    image = _draw_map(axes, report["ranks"], max(report["ranks"].values()))
+    axes.set_title(
+        f"ranks found by {report['method']}: {report['adapter_parameters']:,} parameters, "
+        f"{report['metric']} {report['value']:.3f}",
+        fontsize="medium",
+    )
+    figure.colorbar(image, label="rank")
+    path = folder / "ranks.png"
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def adapter_figures(rows: list[dict[str, Any]], folder: Path, judged: str) -> list[Path]:
+    """Draw `ranks.png` (now and needed) and `spectra.png` of an inspected adapter.
+
+    Args:
+        rows: of `geolora.inspect`, as dicts.
+        folder: where they are written; it exists.
+        judged: how the needed rank was found, for the title.
+    """
+    paths = [folder / name for name in NAMES]
+    for draw, path in zip((_rank_change, _spectra), paths, strict=True):
+        draw(rows, judged).savefig(path, dpi=150)
+    return paths
+
+
+def _draw_map(axes: Any, ranks: dict[str, int], top: int) -> Any:
+    """The ranks of layers as coloured cells with their numbers; returns the image."""
+    kinds, depths, table = rank_table(ranks)
     image = axes.imshow(
         [[value if value is not None else float("nan") for value in row] for row in table],
         vmin=0,
@@ -39,34 +83,89 @@ def rank_map(folder: str | Path) -> Path | None:
     axes.set_xticks(range(len(depths)), depths)
     axes.set_yticks(range(len(kinds)), kinds)
     axes.set_xlabel("layer")
-    axes.set_title(
-        f"ranks found by {report['method']}: {report['adapter_parameters']:,} parameters, "
-        f"{report['metric']} {report['value']:.3f}",
-        fontsize="medium",
-    )
-    figure.colorbar(image, label="rank")
-    path = folder / "ranks.png"
-    figure.savefig(path, dpi=150)
-    return path
+    return image
 
 
-def rank_table(ranks: dict[str, int]) -> tuple[list[str], list[str], list[list[int | None]]]:
-    """Ranks laid out as kinds of module (rows) by depth (columns); None where there is no layer.
+def _rank_change(rows: list[dict[str, Any]], judged: str) -> Any:
+    """Two rank maps: side by side, or one above the other where the model is deep."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    The depth of a layer is the first number in its name, its kind what stands behind it; layers
-    without a number stand in a last column "-". Several stacks (encoder, decoder) are kept apart.
+    maps = {
+        "rank now": {row["layer"]: row["rank"] for row in rows},
+        judged.replace(" and ", "\nand "): {row["layer"]: row["settled_rank"] for row in rows},
+    }
+    kinds, depths, _ = rank_table(maps["rank now"])
+    names, cells, height = 0.09 * max(map(len, kinds)), 0.42 * len(depths), 0.38 * len(kinds)
+    beside = len(depths) <= 12
+    if beside:
+        size = (1.6 + names + 2 * max(cells + 0.3, 2.2), 1.3 + height)
+    else:
+        size = (1.6 + names + cells, 2 * (1.0 + height))
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True) if beside else figure.subplots(2, 1)
+    top = max(1, *maps["rank now"].values())
+    for axes, (title, ranks) in zip(panels, maps.items(), strict=True):
+        axes.set_title(title, fontsize="medium")
+        _draw_map(axes, ranks, top)
+    figure.colorbar(panels[0].images[0], ax=panels, label="rank", ticks=MaxNLocator(integer=True))
+    return figure
+
+
+def _spectra(rows: list[dict[str, Any]], judged: str) -> Any:
+    """Singular values relative to the largest, a panel per kind of module, a line per layer.
+
+    A line is solid to the cut, which is a dot, and pale beyond.
     """
-    cells: dict[tuple[str, str], int] = {}
-    stacks = {found[1] for name in ranks if (found := re.match(r"(.*?)\.?(\d+)\.", name))}
-    for name, rank in ranks.items():
-        found = re.match(r"(.*?)\.?(\d+)\.(.+)$", name)
-        stack, depth, kind = found.groups() if found else ("", "-", name)
-        if len(stacks) > 1 and stack:
-            kind = f"{stack}: {kind}"
-        cells[kind, depth] = rank
-    kinds = list(dict.fromkeys(kind for kind, _ in cells))
-    depths = sorted(
-        {depth for _, depth in cells}, key=lambda d: (d == "-", int(d) if d != "-" else 0)
-    )
-    table: list[list[Any]] = [[cells.get((kind, depth)) for depth in depths] for kind in kinds]
-    return kinds, depths, table
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import BoundaryNorm
+    from matplotlib.figure import Figure
+
+    where = places(row["layer"] for row in rows)
+    kinds = list(dict.fromkeys(kind for kind, _ in where.values()))
+    depths = depth_order(depth for _, depth in where.values())
+    across = min(len(kinds), 4 if len(kinds) in (4, 7, 8) or len(kinds) > 9 else 3)
+    down = -(-len(kinds) // across)
+    figure = Figure(figsize=(2.0 + 2.9 * across, 1.5 + 2.1 * down), layout="constrained")
+    grid = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
+    panels = dict(zip(kinds, grid.flat, strict=False))
+    cmap = colormaps["viridis"].resampled(len(depths))
+    lowest = 0.1
+    for row in rows:
+        kind, depth = where[row["layer"]]
+        axes, sigma, kept = panels[kind], row["sigma"], row["settled_rank"]
+        if not sigma:
+            continue
+        heights = [value / sigma[0] for value in sigma]
+        lowest = min(lowest, heights[-1])
+        count = range(1, len(sigma) + 1)
+        colour = cmap(depths.index(depth))
+        axes.plot(count, heights, color=colour, alpha=0.3, linewidth=1)
+        axes.plot(count[:kept], heights[:kept], color=colour, linewidth=1.3)
+        axes.plot(kept, heights[kept - 1], "o", color=colour, markersize=4)
+    for kind, axes in panels.items():
+        axes.set_title(_broken(kind), fontsize="small")
+        axes.set_yscale("log")
+        axes.set_ylim(0.7 * max(lowest, FLOOR), 1.5)
+        axes.set_xlim(0.5, max(1, *(len(row["sigma"]) for row in rows)) + 0.5)
+        axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    for place, axes in enumerate(grid.flat):
+        axes.set_visible(place < len(kinds))
+        axes.tick_params(labelbottom=place + across >= len(kinds))
+    figure.supxlabel("index of the singular value", fontsize="medium")
+    figure.supylabel("relative to the largest", fontsize="medium")
+    figure.suptitle(f"singular values of the update\ndot: {judged}", fontsize="medium")
+    if len(depths) > 1:
+        norm = BoundaryNorm([i - 0.5 for i in range(len(depths) + 1)], cmap.N)
+        bar = figure.colorbar(ScalarMappable(norm, cmap), ax=grid, label="layer")
+        step = -(-len(depths) // 16)
+        bar.set_ticks(range(0, len(depths), step), labels=depths[::step])
+        bar.minorticks_off()
+    return figure
+
+
+def _broken(kind: str) -> str:
+    """A kind of module on lines that fit over a panel, its stack on the first."""
+    return "\n".join(line for part in kind.split(": ") for line in wrap(part, 38))

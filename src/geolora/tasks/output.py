@@ -52,7 +52,10 @@ def check_output(output: str | Path, overwrite: bool, inputs: Iterable[str | Pat
 
 def clear(output: str | Path) -> None:
     """Remove a folder that `check_output` has passed."""
-    if Path(output).exists():
+    output = Path(output)
+    if output.is_symlink():
+        output.unlink()
+    elif output.exists():
         shutil.rmtree(output)
 
 

@@ -226,10 +226,28 @@ def save(model: Any, config: "TrainConfig", folder: Path, start: Path) -> Kept:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the base model's config is not looked up: nothing is new
         if config.method == "pissa":
-            model.save_pretrained(folder, path_initial_model_for_weight_conversion=str(start))
+            _save_converted(model, folder, start)
         else:
             model.save_pretrained(folder)
     return Kept(ranks, used, _lora_numbers(folder))
+
+
+def _save_converted(model: Any, folder: Path, start: Path) -> None:
+    """PEFT's conversion of a PiSSA adapter to an ordinary one, of twice the rank.
+
+    peft 0.21 leaves the trained head out of the converted file: it is put back.
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import load_file, save_file
+
+    trained = get_peft_model_state_dict(model)
+    model.save_pretrained(folder, path_initial_model_for_weight_conversion=str(start))
+    file = folder / "adapter_model.safetensors"
+    converted = load_file(file)
+    heads = {
+        key: value.cpu().contiguous() for key, value in trained.items() if key not in converted
+    }
+    save_file({**heads, **converted}, file, metadata={"format": "pt"})
 
 
 def truncate(model: Any, budget: int) -> None:

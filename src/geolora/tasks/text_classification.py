@@ -244,8 +244,10 @@ def _load_model(config: TrainConfig, data: TextData) -> tuple[Any, Any, list[str
     logging.disable_progress_bar()
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # a new head is what we ask for, not news
+    # whole, so that the adapter finds its base from anywhere
+    source = str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.model)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         names = data.names
         if names:
             labels = dict(enumerate(names))
@@ -256,7 +258,11 @@ def _load_model(config: TrainConfig, data: TextData) -> tuple[Any, Any, list[str
         else:
             extra = {"problem_type": "regression"}
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            config.model, num_labels=len(names) or 1, output_loading_info=True, **extra
+            source,
+            num_labels=len(names) or 1,
+            output_loading_info=True,
+            trust_remote_code=False,
+            **extra,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
