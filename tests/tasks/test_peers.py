@@ -18,7 +18,7 @@ from models import lora_net, reviews, tiny_bert
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 RANK = 6
-LRS = {"geolora": 3e-2, "adalora": 1e-1, "rslora": 1e-2}
+LRS = {"geolora": 3e-2, "adalora": 5e-2, "rslora": 1e-2}
 
 
 @pytest.fixture(scope="module")
