@@ -1,4 +1,4 @@
-"""Two threads, a fixed seed, and no network."""
+"""One thread, a fixed seed, and no network."""
 
 import os
 

@@ -14,7 +14,7 @@ from typing import Any
 from geolora.errors import DataError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
-HUB = re.compile(r"[\w.-]+/[\w.-]+(:[\w.\[\]%+-]*){0,2}$")
+HUB = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))??(?::(\w+(?:\[[^\]]*\])?))?$")
 """owner/name, owner/name:split or owner/name:config:split."""
 SPLITS = {"--train": "train", "--eval": "validation"}
 Row = dict[str, Any]
@@ -85,18 +85,19 @@ def _read_hub(source: str, flag: str) -> list[Row]:
     _demand_datasets(flag)
     import datasets
 
-    name, *rest = source.split(":")
-    split = rest[-1] if rest else SPLITS[flag]
+    found = HUB.match(source)
+    assert found is not None  # noqa: S101 (read_rows)
+    name, config, split = found.groups()
     datasets.disable_progress_bars()
     try:
-        found = datasets.load_dataset(name, rest[0] if len(rest) == 2 else None, split=split)
+        loaded = datasets.load_dataset(name, config, split=split or SPLITS[flag])
     # any of a dozen classes of three packages: the network, the name, the config, the split
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
             f"`{flag}`: no file {source}, and as a data set of the hub it cannot be loaded: {first}"
         ) from error
-    rows: list[Row] = list(found)  # pyright: ignore[reportAssignmentType]
+    rows: list[Row] = list(loaded)  # pyright: ignore[reportAssignmentType]
     if not rows:
         raise DataError(f"`{flag}` must have rows; {source} is empty.")
     return rows

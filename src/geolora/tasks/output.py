@@ -79,7 +79,7 @@ def writing(output: str | Path) -> Iterator[None]:
         chain = [error, error.__cause__, error.__context__]
         codes = {found.errno for found in chain if isinstance(found, OSError)}
         codes |= {int(found) for e in chain for found in OS_ERROR.findall(str(e))}
-        torch_failed = any("PytorchStreamWriter failed writing" in str(e) for e in chain)
+        torch_failed = any("inline_container" in str(e) for e in chain)  # torch.save says no more
         if codes & NO_ROOM or torch_failed:
             what, do = "there is no space left", "Free some, and start the same command again"
         elif codes & NO_RIGHT:

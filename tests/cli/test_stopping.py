@@ -1,0 +1,241 @@
+"""Runs that are stopped, killed, or find their checkpoints damaged, and go on exactly."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from geolora import optim
+from geolora.cli.__main__ import main
+from geolora.tasks import text_classification as task
+from models import reviews, tiny_bert
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
+    pytest.mark.filterwarnings("always::geolora.errors.CheckpointWarning"),  # read on stderr
+]
+STEPS = 30
+Run = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stopping")
+    tiny_bert(folder / "model")
+    for name, rows in (("train", reviews(120)), ("dev", reviews(30, seed=1))):
+        (folder / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return folder
+
+
+def words(files: Path, output: Path, *more: object) -> list[str]:
+    """A run of more than three passes over its rows, with dropout, through a whole cycle of ranks."""
+    given = [
+        "train", "--model", files / "model", "--train", files / "train.jsonl",
+        "--eval", files / "dev.jsonl", "--rank", 4, "--lr", 0.03, "--max-steps", STEPS,
+        "--batch-size", 16, "--save-every", 5, "--output", output, *more,
+    ]  # fmt: skip
+    return [str(word) for word in given]
+
+
+@pytest.fixture
+def run(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> Run:
+    """Run into a folder of `tmp_path`, keeping its checkpoints to look at; exit code and stderr."""
+    real = shutil.rmtree
+
+    def keep(path: Any, **options: Any) -> None:
+        if Path(path).name != "checkpoints":
+            real(path, **options)
+
+    monkeypatch.setattr(task.shutil, "rmtree", keep)
+
+    def call(folder: str, *more: object) -> tuple[int, str]:
+        code = main(words(files, tmp_path / folder, *more))
+        return code, capsys.readouterr().err
+
+    return call
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], None]) -> None:
+    """Do something right after the optimizer's step of that number (counted from now)."""
+    step, done = optim.GeoLoRA.step, [0]
+
+    def counted(self: optim.GeoLoRA, closure: None = None) -> None:
+        step(self, closure)
+        done[0] += 1
+        if done[0] == number:
+            act()
+
+    monkeypatch.setattr(optim.GeoLoRA, "step", counted)
+
+
+def everything(output: Path) -> dict[str, Any]:
+    """Adapter, optimizer, scheduler, random numbers and losses at the end of a run."""
+    last = output / "checkpoints" / f"checkpoint-{STEPS}"
+    saved = torch.load(last / "optimizer.pt", weights_only=True)
+    found: dict[str, Any] = dict(load_file(last / "adapter_model.safetensors"))
+    found |= {f"{k} {n}": v for k, state in saved["state"].items() for n, v in state.items()}
+    found |= {f"{i} {n}": v for i, g in enumerate(saved["param_groups"]) for n, v in g.items()}
+    found["scheduler"] = torch.load(last / "scheduler.pt", weights_only=True)
+    found["random"] = torch.load(last / "rng_state.pth", weights_only=False)["cpu"]
+    found["losses"] = json.loads((output / "history.json").read_text())
+    return found
+
+
+def assert_same(one: Path, other: Path) -> None:
+    ours, theirs = everything(one), everything(other)
+    assert ours.keys() == theirs.keys()
+    assert len(ours) > 50
+    for name, value in ours.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, theirs[name]), name
+        else:
+            assert value == theirs[name], name
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_says_how_to_go_on_and_going_on_is_exact(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    assert run("whole")[0] == 0
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        at_step(patch, 13, lambda: os.kill(os.getpid(), number))
+        code, err = run("out")
+    assert code == 130
+    assert f"{signal.Signals(number).name}: saving after this step; again to quit at once." in err
+    assert "stopped after step 13 of 30, which is saved in" in err
+    assert "The same command goes on from there." in err
+    assert "Traceback" not in err
+    assert signal.getsignal(number) == before
+    assert not (tmp_path / "out" / "report.json").exists()
+    steps = []
+    step = optim.GeoLoRA.step
+    monkeypatch.setattr(
+        optim.GeoLoRA, "step", lambda self, closure=None: (steps.append(1), step(self, closure))[1]
+    )
+    assert run("out")[0] == 0
+    assert len(steps) == STEPS - 13
+    assert_same(tmp_path / "whole", tmp_path / "out")
+
+
+def test_a_second_ctrl_c_quits_at_once(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    at_step(monkeypatch, 7, twice)
+    code, err = run("out")
+    assert code == 130
+    assert err.rstrip().endswith("geolora: stopped.") or "geolora: stopped." in err
+    found = sorted(path.name for path in (tmp_path / "out" / "checkpoints").iterdir())
+    assert found == ["checkpoint-5"]
+
+
+KILLED = """
+import os, signal, sys, threading, time
+import torch
+torch.set_num_threads(1)
+from geolora import optim
+from geolora.cli.__main__ import main
+number, delay = int(sys.argv[1]), float(sys.argv[2])
+step, done = optim.GeoLoRA.step, [0]
+def shoot():
+    time.sleep(delay)
+    os.kill(os.getpid(), signal.SIGKILL)
+def counted(self, closure=None):
+    step(self, closure)
+    done[0] += 1
+    if done[0] == number:
+        threading.Thread(target=shoot).start()
+optim.GeoLoRA.step = counted
+sys.exit(main(sys.argv[3:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number, delay", [(18, 0.0), (20, 0.005)])
+def test_a_killed_run_goes_on_exactly(
+    run: Run, files: Path, tmp_path: Path, number: int, delay: float
+) -> None:
+    killed = subprocess.run(
+        [
+            *(sys.executable, "-W", "ignore", "-c", KILLED, str(number), str(delay)),
+            *words(files, tmp_path / "out"),
+        ],
+        capture_output=True,
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-500:]
+    assert not (tmp_path / "out" / "report.json").exists()
+    assert run("whole")[0] == 0
+    assert run("out")[0] == 0
+    assert_same(tmp_path / "whole", tmp_path / "out")
+
+
+def test_a_torn_checkpoint_is_named_and_the_one_before_is_used(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run("whole")[0] == 0
+    with monkeypatch.context() as patch:
+        at_step(patch, 12, lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run("out")[0] == 130
+    with (tmp_path / "out/checkpoints/checkpoint-10/optimizer.pt").open("r+b") as file:
+        file.truncate(1000)
+    code, err = run("out")
+    assert code == 0
+    assert "checkpoint-10 has a changed or torn optimizer.pt: not used." in err
+    assert_same(tmp_path / "whole", tmp_path / "out")
+
+
+def test_a_checkpoint_of_another_run_is_refused(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run("other", "--seed", 1)[0] == 0
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run("out")[0] == 130
+    foreign = tmp_path / "other/checkpoints/checkpoint-30"
+    shutil.copytree(foreign, tmp_path / "out/checkpoints/checkpoint-25")
+    code, err = run("out")
+    assert code == 0
+    assert "checkpoint-25 belongs to another run: not used." in err
+    assert run("whole")[0] == 0
+    assert_same(tmp_path / "whole", tmp_path / "out")
+
+
+def test_a_disk_that_fills_up_is_one_line_and_the_run_goes_on_later(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = torch.save, [0]
+
+    def full(value: Any, path: Any, *rest: Any, **options: Any) -> None:
+        calls[0] += 1
+        if calls[0] > 4:  # amid the second checkpoint
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704")
+        real(value, path, *rest, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        code, err = run("out")
+    assert code == 2
+    assert "`--output`:" in err
+    assert "there is no space left. Free some, and start the same command again." in err
+    assert "Traceback" not in err
+    code, err = run("out")
+    assert code == 0
+    assert "checkpoint-10 was not written to its end: not used." in err
+    assert run("whole")[0] == 0
+    assert_same(tmp_path / "whole", tmp_path / "out")
