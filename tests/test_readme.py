@@ -47,3 +47,12 @@ def test_files_it_links_exist() -> None:
     assert len(links) > 3
     assert [name for name in (*links, *named) if not (root / name).exists()] == []
     assert "@@" not in README
+
+
+def test_the_comparison_it_shows_can_be_planned(tmp_path: Path) -> None:
+    from geolora.tasks.comparison import read_plan
+
+    (code,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "comparison.yaml").write_text(code)
+    plan = read_plan(tmp_path / "comparison.yaml")
+    assert len(plan.cells) == 3 * (4 + 4 + 1)
