@@ -10,6 +10,7 @@ state of its first parameter. Everything that must survive a checkpoint is in `s
 
 import math
 import warnings
+from collections import defaultdict
 from typing import Any, NamedTuple
 
 import torch
@@ -21,11 +22,11 @@ from geolora.buckets import (
     fingerprints,
     make_masters,
     new_group,
+    new_probes,
     pairs_of,
     phase_of,
     scales_of,
     stacked_gradients,
-    with_probes,
 )
 from geolora.errors import (
     NonFiniteGradientError,
@@ -199,23 +200,20 @@ class GeoLoRA(torch.optim.Optimizer):
                 "GeoLoRA.step: closures are not supported. Compute the loss and call backward() "
                 "before step(): the factors' gradients are read once, at the current point."
             )
-        if self._skip_non_finite():
-            return
         moves = [
             move
             for index, group in enumerate(self._geometric())
             if (move := self._read(index, group)) is not None
         ]
-        moves = self._bounded(moves)
-        moves = [self._advance(move) for move in moves]
-        moves = self._judged(moves)
+        if self._skip_non_finite(moves):
+            return
+        moves = self._judged(self._advanced(self._bounded(moves)))
         for move in moves:
             self._commit(move)
         for group in self._geometric():
             group["steps"] += 1
-        for group in self.param_groups:
-            if group["kind"] == "rest":
-                self._adamw(group)
+        for group in self._rest():
+            self._adamw(group)
 
     # ---- reading -------------------------------------------------------------------------------
 
@@ -231,24 +229,21 @@ class GeoLoRA(torch.optim.Optimizer):
             make_masters(state, group)
         right, left = self._maps(index, group, state)
         grad_A, grad_B = stacked_gradients(group["params"], state["U"].dtype)
-        if right.dim() == 2:
-            K, L = grad_B * right.unsqueeze(-2), grad_A.mT * left.unsqueeze(-2)
-        else:
-            K, L = grad_B @ right, grad_A.mT @ left
+        M = method.Momentum((right.mT @ grad_B.mT).mT, (left.mT @ grad_A).mT)
         point = method.Point(state["U"], state["sigma"], state["V"])
-        return _Move(index, group, live, point, K, L, point, written=False)
+        return _Move(index, group, live, point, M, point, M, written=False)
 
     def _maps(
         self, index: int, group: dict[str, Any], state: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        """What turns factor gradients into K and L: numbers per slot (n, r), or matrices (n, r, r).
+        """What turns factor gradients into K and L: matrices (n, r, r).
 
         Where A or B are no longer what we wrote (a reload, an initialiser, `prune`), the masters of
         those pairs are read from them again and their momentum is carried over.
         """
         settled = torch.tensor(group["ranks"], device=state["sigma"].device)
         scale = scales_of(group, state["sigma"])
-        right, left = balanced_maps(state["sigma"], scale, settled)
+        right, left = (x.diag_embed() for x in balanced_maps(state["sigma"], scale, settled))
         if self._seen.get(index) == fingerprints(group["params"]):
             return right, left
         A, B = to_pair(state["U"], state["sigma"], state["V"], scale, settled)
@@ -263,7 +258,6 @@ class GeoLoRA(torch.optim.Optimizer):
         if not stale:
             self._seen[index] = fingerprints(group["params"])
             return right, left
-        right, left = right.diag_embed(), left.diag_embed()
         for i in stale:
             a, b = (p.flatten(1) for p in group["params"][2 * i : 2 * i + 2])
             reading = read_pair(a, b, group["scales"][i], group["start_rank"])
@@ -280,17 +274,16 @@ class GeoLoRA(torch.optim.Optimizer):
                 )
         return right, left
 
-    def _skip_non_finite(self) -> bool:
+    def _skip_non_finite(self, moves: list["_Move"]) -> bool:
         """True, with one warning naming the layers, where a gradient is NaN or infinite."""
-        grads = [
-            p.grad for group in self.param_groups for p in group["params"] if p.grad is not None
-        ]
-        if not grads:
+        rest = [g for group in self._rest() for p in group["params"] if (g := p.grad) is not None]
+        # a sum is finite only where all its terms are, and much cheaper than asking each of them
+        sums = [part.sum() for move in moves for part in move.M]
+        sums += [g.sum(dtype=torch.promote_types(g.dtype, torch.float32)) for g in rest]
+        if not sums:
             return False
         first = self._geometric()[0]
-        sizes = torch._foreach_norm([g.detach() for g in grads], math.inf)  # pyright: ignore[reportPrivateImportUsage]
-        finite = [size.isfinite().to(sizes[0].device) for size in sizes]
-        if bool(torch.stack(finite).all()):
+        if bool(torch.stack([total.to(sums[0]) for total in sums]).isfinite().all()):
             first["skipped"] = 0
             return False
         names = [
@@ -319,42 +312,60 @@ class GeoLoRA(torch.optim.Optimizer):
         """Scale all tangent gradients down where their joint norm exceeds max_tangent_norm."""
         if not moves or moves[0].group["max_tangent_norm"] is None:
             return moves
-        squares = [norm(move.K, move.L, move.point.U).square().sum() for move in moves]
+        squares = [norm(*move.M, move.point.U).square().sum() for move in moves]
         total = torch.stack([s.to(squares[0].device) for s in squares]).sum().sqrt()
         factor = (moves[0].group["max_tangent_norm"] / total.clamp(min=1e-30)).clamp(max=1.0)
         return [
-            move._replace(K=move.K * factor.to(move.K), L=move.L * factor.to(move.L))
+            move._replace(M=method.Momentum(*(part * factor.to(part) for part in move.M)))
             for move in moves
         ]
 
-    def _advance(self, move: "_Move") -> "_Move":
-        """The new point of a bucket, capped but not yet judged."""
-        group, point = move.group, move.point
-        K, L = move.K, move.L
-        if group["moments"] != "none":
-            state = self.state[group["params"][0]]
-            K = K + group["momentum"] * state["K"]
-            L = L + group["momentum"] * state["L"]
-            move = move._replace(K=K, L=L)
-        lr = float(group["lr"])
-        if lr == 0.0 or not any(move.live):
+    def _advanced(self, moves: list["_Move"]) -> list["_Move"]:
+        """The new points of all buckets, capped but not yet judged."""
+        moves = [self._with_momentum(move) for move in moves]
+        together: dict[Any, list[int]] = defaultdict(list)
+        for i, move in enumerate(moves):
+            if move.group["lr"] != 0.0 and any(move.live):
+                sigma = move.point.sigma
+                together[sigma.shape[-1], sigma.dtype, sigma.device].append(i)
+        for (slots, _, device), indices in together.items():
+            due = [moves[i] for i in indices]
+            rates, caps = [], []
+            for move in due:
+                group, count = move.group, len(move.live)
+                wide = group["moments"] == "adaptive"
+                factor = math.sqrt(REFERENCE_WIDTH / group["width"]) if wide else 1.0
+                rates += [float(group["lr"]) * factor] * count
+                caps += group["ranks"] if phase_of(group) == "hold" else [slots] * count
+            ends = method.step(
+                [move.point for move in due],
+                [move.M for move in due],
+                torch.tensor(rates, dtype=torch.float64, device=device),
+                torch.tensor(caps, device=device),
+                SOFTEN if due[0].group["moments"] == "adaptive" else None,
+            )
+            for i, (new, carried) in zip(indices, ends, strict=True):
+                moves[i] = moves[i]._replace(new=new, carried=carried, written=True)
+        return moves
+
+    def _with_momentum(self, move: "_Move") -> "_Move":
+        """The tangent gradient, with the momentum of the steps before added to it."""
+        group = move.group
+        if group["moments"] == "none":
             return move
-        soften = None
-        if group["moments"] == "adaptive":
-            lr, soften = lr * math.sqrt(REFERENCE_WIDTH / group["width"]), SOFTEN
-        slots = point.sigma.shape[-1]
-        holding = phase_of(group) == "hold"
-        cap = torch.tensor(
-            group["ranks"] if holding else [slots] * len(move.live), device=point.sigma.device
+        state = self.state[group["params"][0]]
+        M = method.Momentum(
+            move.M.K.add(state["K"], alpha=group["momentum"]),
+            move.M.L.add(state["L"], alpha=group["momentum"]),
         )
-        return move._replace(new=method.step(point, K, L, lr, cap, soften), written=True)
+        return move._replace(M=M, carried=M)
 
     def _judged(self, moves: list["_Move"]) -> list["_Move"]:
         """Cut every bucket whose cycle says so, by tail and then by the budget over all layers."""
         if not all(phase_of(m.group) == "judge" and m.group["lr"] != 0 for m in moves):
             return moves
         # a layer without a gradient in this step is judged as it stands
-        due = [move._replace(new=_where(move.live, move.new, move.point)) for move in moves]
+        due = [move.standing() for move in moves]
         settings = self._geometric()[0]
         ranks = settled_ranks(
             [sigma for move in due for sigma in move.new.sigma.double().cpu()],
@@ -368,8 +379,9 @@ class GeoLoRA(torch.optim.Optimizer):
             move.group["settled"] = settle is not None and move.group["steps"] >= settle
             move.group["ranks"], ranks = ranks[: len(move.live)], ranks[len(move.live) :]
             kept = torch.tensor(move.group["ranks"], device=move.new.sigma.device)
-            new = method.cut(move.new, kept)
-            judged.append(move._replace(new=new, live=[True] * len(move.live), written=True))
+            new, carried = method.cut(move.new, move.carried, kept)
+            live = [True] * len(move.live)
+            judged.append(move._replace(new=new, carried=carried, live=live, written=True))
         return judged
 
     # ---- writing -------------------------------------------------------------------------------
@@ -378,20 +390,15 @@ class GeoLoRA(torch.optim.Optimizer):
         """Store the new masters and momentum; write A and B unless nothing moved."""
         group, params = move.group, move.group["params"]
         state = self.state[params[0]]
-        new, old = move.new, move.point
+        new, carried = move.new, move.carried
         if move.written and phase_of({**group, "steps": group["steps"] + 1}) == "grow":
-            new = new._replace(V=with_probes(new.U, new.V, group["layers"], group["steps"]))
-        carried: dict[str, Tensor] = {}
-        if "K" in state:
-            K, L = move.K, move.L
-            if move.written:
-                K, L = transport(K, L, old.U, old.V, new.U, new.V)
-            carried = {"K": K, "L": L}
-        fresh = {**new._asdict(), **carried}
-        if not all(move.live):
-            live = torch.tensor(move.live, device=new.sigma.device)
-            fresh = {k: torch.where(_rows(live, v), v, state[k]) for k, v in fresh.items()}
-        state.update(fresh)
+            omega, slot = new_probes(new.U, new.V, group["layers"], group["steps"])
+            new = new._replace(V=new.V + omega * slot)
+            U, _, V = move.point
+            along, _ = transport(*move.M, U, V, U[..., :0], omega)
+            carried = carried._replace(K=carried.K + along * slot)
+        fresh = new._asdict() | (carried._asdict() if "K" in state else {})
+        state.update({key: _where(move.live, fresh[key], state[key]) for key in fresh})
         if not move.written:
             return
         settled = torch.tensor(group["ranks"], device=new.sigma.device)
@@ -482,6 +489,9 @@ class GeoLoRA(torch.optim.Optimizer):
     def _geometric(self) -> list[dict[str, Any]]:
         return [group for group in self.param_groups if group["kind"] == "geometric"]
 
+    def _rest(self) -> list[dict[str, Any]]:
+        return [group for group in self.param_groups if group["kind"] == "rest"]
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters for AdamW; pairs are found when the optimizer is built, not here."""
         if "kind" not in param_group:
@@ -501,21 +511,24 @@ class _Move(NamedTuple):
     group: dict[str, Any]
     live: list[bool]
     point: method.Point
-    K: Tensor
-    L: Tensor
+    M: method.Momentum
     new: method.Point
+    carried: method.Momentum
     written: bool
 
+    def standing(self) -> "_Move":
+        """The same, where the layers without a gradient stay at their old point."""
+        new = (_where(self.live, a, b) for a, b in zip(self.new, self.point, strict=True))
+        carried = (_where(self.live, a, b) for a, b in zip(self.carried, self.M, strict=True))
+        return self._replace(new=method.Point(*new), carried=method.Momentum(*carried))
 
-def _rows(live: Tensor, like: Tensor) -> Tensor:
-    """A mask over the first dimension, ready to broadcast."""
-    return live.view(-1, *[1] * (like.dim() - 1))
 
-
-def _where(live: list[bool], new: method.Point, old: method.Point) -> method.Point:
-    """The new point of the layers that are live, the old one of the others."""
-    mask = torch.tensor(live, device=new.sigma.device)
-    return method.Point(*(torch.where(_rows(mask, a), a, b) for a, b in zip(new, old, strict=True)))
+def _where(live: list[bool], new: Tensor, old: Tensor) -> Tensor:
+    """Rows of the new tensor for the layers that are live, of the old one for the others."""
+    if all(live):
+        return new
+    mask = torch.tensor(live, device=new.device).view(-1, *[1] * (new.dim() - 1))
+    return torch.where(mask, new, old)
 
 
 def _firsts(state_dict: dict[str, Any]) -> list[dict[str, Any] | None]:
