@@ -229,8 +229,10 @@ class GeoLoRA(torch.optim.Optimizer):
             make_masters(state, group)
         right, left = self._maps(index, group, state)
         grad_A, grad_B = stacked_gradients(group["params"], state["U"].dtype)
-        M = method.Momentum((right.mT @ grad_B.mT).mT, (left.mT @ grad_A).mT)
-        point = method.Point(state["U"], state["sigma"], state["V"])
+        (K, L), beta = _memory(group, state)
+        K = torch.baddbmm(K.mT, right.mT, grad_B.mT, beta=beta).mT
+        L = torch.baddbmm(L.mT, left.mT, grad_A, beta=beta).mT
+        point, M = method.Point(state["U"], state["sigma"], state["V"]), method.Momentum(K, L)
         return _Move(index, group, live, point, M, point, M, written=False)
 
     def _maps(
@@ -312,17 +314,23 @@ class GeoLoRA(torch.optim.Optimizer):
         """Scale all tangent gradients down where their joint norm exceeds max_tangent_norm."""
         if not moves or moves[0].group["max_tangent_norm"] is None:
             return moves
-        squares = [norm(*move.M, move.point.U).square().sum() for move in moves]
+        squares, memories = [], []
+        for move in moves:
+            before, beta = _memory(move.group, self.state[move.group["params"][0]])
+            memories.append([beta * part for part in before])
+            K, L = (part - old for part, old in zip(move.M, memories[-1], strict=True))
+            squares.append(norm(K, L, move.point.U).square().sum())
         total = torch.stack([s.to(squares[0].device) for s in squares]).sum().sqrt()
         factor = (moves[0].group["max_tangent_norm"] / total.clamp(min=1e-30)).clamp(max=1.0)
-        return [
-            move._replace(M=method.Momentum(*(part * factor.to(part) for part in move.M)))
-            for move in moves
-        ]
+        bounded = []
+        for move, old in zip(moves, memories, strict=True):
+            parts = (a.lerp(b, factor.to(b)) for a, b in zip(old, move.M, strict=True))
+            M = method.Momentum(*parts)
+            bounded.append(move._replace(M=M, carried=M))
+        return bounded
 
     def _advanced(self, moves: list["_Move"]) -> list["_Move"]:
         """The new points of all buckets, capped but not yet judged."""
-        moves = [self._with_momentum(move) for move in moves]
         together: dict[Any, list[int]] = defaultdict(list)
         for i, move in enumerate(moves):
             if move.group["lr"] != 0.0 and any(move.live):
@@ -347,18 +355,6 @@ class GeoLoRA(torch.optim.Optimizer):
             for i, (new, carried) in zip(indices, ends, strict=True):
                 moves[i] = moves[i]._replace(new=new, carried=carried, written=True)
         return moves
-
-    def _with_momentum(self, move: "_Move") -> "_Move":
-        """The tangent gradient, with the momentum of the steps before added to it."""
-        group = move.group
-        if group["moments"] == "none":
-            return move
-        state = self.state[group["params"][0]]
-        M = method.Momentum(
-            move.M.K.add(state["K"], alpha=group["momentum"]),
-            move.M.L.add(state["L"], alpha=group["momentum"]),
-        )
-        return move._replace(M=M, carried=M)
 
     def _judged(self, moves: list["_Move"]) -> list["_Move"]:
         """Cut every bucket whose cycle says so, by tail and then by the budget over all layers."""
@@ -405,11 +401,12 @@ class GeoLoRA(torch.optim.Optimizer):
         A, B = to_pair(
             state["U"], state["sigma"], state["V"], scales_of(group, state["sigma"]), settled
         )
+        rows, columns = A.unbind(), B.unbind()
         targets, sources = [], []
         for i, (a, b) in enumerate(pairs_of(params)):
             if move.live[i]:
                 targets += [a, b]
-                sources += [A[i].view(a.shape), B[i].view(b.shape)]
+                sources += [rows[i].view(a.shape), columns[i].view(b.shape)]
         torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]
         if all(move.live):
             self._seen[move.place] = fingerprints(params)
@@ -521,6 +518,13 @@ class _Move(NamedTuple):
         new = (_where(self.live, a, b) for a, b in zip(self.new, self.point, strict=True))
         carried = (_where(self.live, a, b) for a, b in zip(self.carried, self.M, strict=True))
         return self._replace(new=method.Point(*new), carried=method.Momentum(*carried))
+
+
+def _memory(group: dict[str, Any], state: dict[str, Any]) -> tuple[method.Momentum, float]:
+    """The momentum of the steps before, and its factor; with none, anything and zero."""
+    if group["moments"] == "none":
+        return method.Momentum(state["U"], state["V"]), 0.0
+    return method.Momentum(state["K"], state["L"]), group["momentum"]
 
 
 def _where(live: list[bool], new: Tensor, old: Tensor) -> Tensor:

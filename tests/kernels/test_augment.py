@@ -22,10 +22,10 @@ def normal(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> to
 
 def augmented(U: torch.Tensor, K: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The new columns of the augmented basis, and [U | new]^T K."""
-    Z, X = span(U, K)
-    gram, r = Z.mT @ Z, U.shape[-1]
-    T = orthonormal(gram, r)
-    return (Z @ T)[..., r:], T.mT @ (gram @ X)
+    Z, gram, C = span(U, K)
+    assert torch.equal(gram, Z.mT @ Z)
+    T = orthonormal(gram, U.shape[-1])
+    return (Z @ T)[..., U.shape[-1] :], T.mT @ C
 
 
 def check(

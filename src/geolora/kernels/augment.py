@@ -4,9 +4,9 @@ The augmented basis is never formed. It is held as Z T: Z (d, 2r) is [U | K], as
 makes its columns orthonormal. T comes from the Gram matrix of Z alone, and whatever is done with the basis
 is done to T, so a step touches the long dimension d twice: once for the Gram matrix, once for the result.
 
-    Z, X = span(U, K)              # K = Z X
-    T = orthonormal(Z.mT @ Z, r)   # U~ = Z T has orthonormal columns, or zero ones
-    R = T.mT @ (Z.mT @ Z) @ X      # K = U~ R
+    Z, gram, C = span(U, K)    # gram = Z^T Z, C = Z^T K
+    T = orthonormal(gram, r)   # Z T = [U | U~] has orthonormal columns, or zero ones
+    R = T.mT @ C               # K = [U | U~] R
 """
 
 import torch
@@ -16,8 +16,8 @@ KEEP = 8.0
 """A complement is kept when its norm exceeds KEEP * eps times the direction it comes from."""
 
 
-def span(basis: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
-    """Z and X in float64 with K = Z X, such that the Gram matrix of Z tells all of [U | K].
+def span(basis: Tensor, directions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Z of the span of [U | K], whose Gram matrix tells it all; Z^T Z; and Z^T K. In float64.
 
     A Gram matrix squares what is small: in float64 it resolves 1e-8 of a direction, below the
     8 eps = 1e-6 that count for factors of float32. For these Z = [U | K]. With factors of
@@ -28,7 +28,7 @@ def span(basis: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
         directions: K, (*batch, d, k), of any length and any rank.
 
     Returns:
-        Z (*batch, d, r + k) and X (*batch, r + k, k).
+        Z (*batch, d, r + k), Z^T Z (*batch, r + k, r + k) and Z^T K (*batch, r + k, k).
 
     Raises:
         ValueError: leading dimensions or d differ.
@@ -38,28 +38,25 @@ def span(basis: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
             "span: `directions` must share all but the last dimension with `basis`; "
             f"got basis {tuple(basis.shape)} and directions {tuple(directions.shape)}."
         )
-    r, k = basis.shape[-1], directions.shape[-1]
     if torch.float64 not in (basis.dtype, directions.dtype):
-        Z = torch.cat([basis.mT, directions.mT], dim=-2).double().mT  # rows lie together in memory
-        return Z, torch.eye(r + k, device=Z.device, dtype=Z.dtype)[:, r:].expand(
-            *Z.shape[:-2], -1, -1
-        )
+        *batch, d, r = basis.shape
+        rows = basis.new_empty((*batch, r + directions.shape[-1], d), dtype=torch.float64)
+        rows[..., :r, :], rows[..., r:, :] = basis.mT, directions.mT
+        gram = rows @ rows.mT
+        return rows.mT, gram, gram[..., r:]
     U, K = basis.double(), directions.double()
     length = torch.linalg.vector_norm(K, dim=-2, keepdim=True)
-    length = torch.where(length > 0, length, torch.ones_like(length))
-    complement, overlap = K / length, 0.0
+    complement = K / torch.where(length > 0, length, torch.ones_like(length))
     for _ in range(2):
-        along = U.mT @ complement
-        complement, overlap = complement - U @ along, overlap + along
+        complement = complement - U @ (U.mT @ complement)
     threshold = KEEP * torch.finfo(U.dtype).eps
     size = torch.linalg.vector_norm(complement, dim=-2, keepdim=True)
     complement = torch.where(size > threshold, complement, torch.zeros_like(complement))
-    Q, values, Wt = torch.linalg.svd(complement, full_matrices=False)  # of (d, m), m = min(d, k)
-    values = values * (values > threshold * values[..., :1].clamp(min=1.0))
-    spare = k - values.shape[-1]
-    Q = torch.nn.functional.pad(Q * (values > 0).unsqueeze(-2), (0, spare))
-    R = torch.nn.functional.pad(values.unsqueeze(-1) * Wt, (0, 0, 0, spare))
-    return torch.cat([U, Q], dim=-1), torch.cat([overlap, R], dim=-2) * length
+    Q, values, _ = torch.linalg.svd(complement, full_matrices=False)  # min(d, k) columns
+    keep = values > threshold * values[..., :1].clamp(min=1.0)
+    Q = torch.nn.functional.pad(Q * keep.unsqueeze(-2), (0, K.shape[-1] - Q.shape[-1]))
+    Z = torch.cat([U, Q], dim=-1)
+    return Z, Z.mT @ Z, Z.mT @ K
 
 
 def orthonormal(gram: Tensor, r: int) -> Tensor:

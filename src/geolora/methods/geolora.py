@@ -78,10 +78,9 @@ def step(
     bases = [point.U for point in points] + [point.V for point in points]
     parts = [M.K for M in moves] + [M.L for M in moves]
     spans = [span(basis, part) for basis, part in zip(bases, parts, strict=True)]
-    grams = torch.cat([Z.mT @ Z for Z, _ in spans])
+    grams = torch.cat([gram for _, gram, _ in spans])
     turns = orthonormal(grams, slots)  # [U | U~] = Z @ turn
-    RK, RL = (turns.mT @ (grams @ torch.cat([X for _, X in spans]))).chunk(2)
-    move = core_of(RK, RL)
+    move = core_of(*(turns.mT @ torch.cat([C for _, _, C in spans])).chunk(2))
     sigma = torch.cat([point.sigma for point in points]).double()
     core = torch.diag_embed(torch.nn.functional.pad(sigma, (0, slots)))
     core = core - lr[:, None, None] * (move if soften is None else soft_sign(move, soften))
@@ -99,8 +98,8 @@ def step(
     onto = turns @ torch.cat([torch.cat([P, Q]), torch.cat([move @ Q, move.mT @ P])], dim=-1)
     count = [len(point.sigma) for point in points]
     ends = [
-        (on.mT @ Z.mT).to(dtype).mT.split(slots, dim=-1)  # [U+ | K+], and [V+ | L+]
-        for (Z, _), on in zip(spans, onto.split(count * 2), strict=True)
+        torch.bmm(on.mT, Z.mT).to(dtype).mT.split(slots, dim=-1)  # [U+ | K+], and [V+ | L+]
+        for (Z, _, _), on in zip(spans, onto.split(count * 2), strict=True)
     ]
     return [
         (Point(U, value, V), Momentum(K, L))
