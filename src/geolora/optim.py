@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
 from geolora.buckets import (
     by_shape,
@@ -48,6 +47,7 @@ from geolora.pairs import (
     refuse_unreachable,
     unpaired_lora_layers,
 )
+from geolora.rest import SETTINGS, adamw_step
 
 MOMENTS = ("adaptive", "momentum", "none")
 DEFAULT_LR = {"adaptive": 8e-3, "momentum": 1e-2, "none": 1e-1}
@@ -165,8 +165,7 @@ class GeoLoRA(torch.optim.Optimizer):
         paired = {id(p) for group in groups for p in group["params"]}
         rest = [p for p in model.parameters() if p.requires_grad and id(p) not in paired]
         if rest:
-            rest_group = {"kind": "rest", "params": rest, "lr": rest_lr}
-            groups.append({**rest_group, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0})
+            groups.append({"params": rest, "lr": rest_lr, **SETTINGS})
         unpaired = unpaired_lora_layers(model)
         if unpaired:
             warnings.warn(
@@ -213,7 +212,7 @@ class GeoLoRA(torch.optim.Optimizer):
         for group in self._geometric():
             group["steps"] += 1
         for group in self._rest():
-            self._adamw(group)
+            adamw_step(group, self.state)
 
     # ---- reading -------------------------------------------------------------------------------
 
@@ -413,33 +412,6 @@ class GeoLoRA(torch.optim.Optimizer):
         else:
             self._seen.pop(move.place, None)
 
-    def _adamw(self, group: dict[str, Any]) -> None:
-        params = [p for p in group["params"] if p.grad is not None]
-        if not params:
-            return
-        for p in params:
-            if not self.state[p]:
-                self.state[p] = {
-                    "step": torch.zeros((), dtype=torch.float32),
-                    "exp_avg": torch.zeros_like(p),
-                    "exp_avg_sq": torch.zeros_like(p),
-                }
-        adamw(
-            params,
-            [p.grad for p in params],
-            [self.state[p]["exp_avg"] for p in params],
-            [self.state[p]["exp_avg_sq"] for p in params],
-            [],
-            [self.state[p]["step"] for p in params],
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
-
     # ---- state ---------------------------------------------------------------------------------
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -492,10 +464,7 @@ class GeoLoRA(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters for AdamW; pairs are found when the optimizer is built, not here."""
         if "kind" not in param_group:
-            param_group.setdefault("kind", "rest")
-            param_group.setdefault("lr", self.defaults["rest_lr"])
-            for key, value in (("betas", (0.9, 0.999)), ("eps", 1e-8), ("weight_decay", 0.0)):
-                param_group.setdefault(key, value)
+            param_group = {"lr": self.defaults["rest_lr"], **SETTINGS, **param_group}
         super().add_param_group(param_group)
         if "_seen" not in self.__dict__:
             self._seen = {}

@@ -97,8 +97,8 @@ def step(
     Q = torch.where(keep[..., :1], Qt.mT[..., :slots] * keep, old)
     onto = turns @ torch.cat([torch.cat([P, Q]), torch.cat([move @ Q, move.mT @ P])], dim=-1)
     count = [len(point.sigma) for point in points]
-    ends = [
-        torch.bmm(on.mT, Z.mT).to(dtype).mT.split(slots, dim=-1)  # [U+ | K+], and [V+ | L+]
+    ends = [  # U+ and K+, then V+ and L+
+        [part.to(dtype).mT for part in torch.bmm(on.mT, Z.mT).split(slots, dim=-2)]
         for (Z, _, _), on in zip(spans, onto.split(count * 2), strict=True)
     ]
     return [
