@@ -60,7 +60,7 @@ def contestants(r: int, steps: int) -> dict[str, Contestant]:
     def lora() -> Any:
         return adapted(LoraConfig(r=r, lora_alpha=r, target_modules=TARGETS))
 
-    def adamw(model: nn.Module, **how: bool) -> torch.optim.Optimizer:
+    def adamw(model: nn.Module, **how: Any) -> torch.optim.Optimizer:
         return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3, **how)
 
     def adalora(slots: int, target: int) -> Contestant:

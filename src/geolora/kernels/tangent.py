@@ -54,11 +54,9 @@ def transport(
         U, V: the old bases (*batch, d_out, r), (*batch, d_in, r).
         U_new, V_new: the new bases, of any number of columns.
     """
-    across = V.mT @ V_new  # (*batch, r, r')
-    along = U.mT @ U_new  # (*batch, r, r')
-    core = U.mT @ K  # (*batch, r, r)
-    K_new = (K - U @ core) @ across + U @ (L.mT @ V_new)
-    L_new = (L - V @ core.mT) @ along + V @ (K.mT @ U_new)
+    K_new, L_new = K @ (V.mT @ V_new), L @ (U.mT @ U_new)
+    K_new = K_new + U @ (L.mT @ V_new - U.mT @ K_new)
+    L_new = L_new + V @ (K.mT @ U_new - V.mT @ L_new)
     return K_new, L_new
 
 
