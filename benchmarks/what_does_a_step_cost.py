@@ -16,6 +16,7 @@ the same r slots as the others (for a target of 2 r / 3). It allocates at every 
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Callable
 from statistics import quantiles
@@ -176,6 +177,7 @@ def main() -> None:
     for r in arguments.ranks:
         results[f"r = {r}"] = measure(r, arguments.rounds)
         table(r, results[f"r = {r}"])
+        sys.stdout.flush()  # the next rank takes minutes
     print(write("what_does_a_step_cost", results))
 
 
