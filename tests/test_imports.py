@@ -21,7 +21,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "methods": CORE,
     "pairs": ("errors",),
     "buckets": ("pairs",),
-    "optim": (*MODEL, "buckets"),
+    "rest": (),
+    "optim": (*MODEL, "buckets", "rest"),
     "adapter": (*CORE, "pairs"),
     "folders": ("errors", "pairs", "adapter"),
     "saved": (*CORE, "pairs", "adapter", "folders"),
@@ -38,6 +39,7 @@ OTHERS = {
     "factors": {"torch"},
     "errors": set(),
     "buckets": {"torch"},
+    "rest": {"torch"},
     "optim": {"torch"},
 }
 """What the numerical parts may import from other packages, beside the standard library."""

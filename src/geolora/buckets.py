@@ -85,8 +85,10 @@ def pairs_of(params: list[Tensor]) -> Iterable[tuple[Tensor, Tensor]]:
     return zip(params[::2], params[1::2], strict=True)
 
 
-def with_probes(U: Tensor, V: Tensor, layers: list[str], step: int) -> Tensor:
-    """V with a random unit vector, orthogonal to V, in the first idle slot of every layer.
+def new_probes(U: Tensor, V: Tensor, layers: list[str], step: int) -> tuple[Tensor, Tensor]:
+    """A random unit vector w (n, d_in, 1), orthogonal to V, and the slot (n, 1, r) it goes to.
+
+    That is the first idle slot of every layer; V + w * slot is the new V.
 
     Where U^T G = 0 and G V = 0 the tangent step is blind although G may not be zero (with lr = 1 on
     a quadratic loss a rank-1 start stays at rank 1 for ever); a probe sees G w. The numbers depend
@@ -106,7 +108,7 @@ def with_probes(U: Tensor, V: Tensor, layers: list[str], step: int) -> Tensor:
     room = length > 1e-3  # V may span everything
     omega = torch.where(room, omega / length.clamp(min=1e-3), 0.0)
     omega = omega - V @ (V.mT @ omega)
-    return V + omega * first.unsqueeze(-2)
+    return omega, first.unsqueeze(-2)
 
 
 def scales_of(group: dict[str, Any], like: Tensor) -> Tensor:

@@ -60,10 +60,10 @@ def balanced_maps(sigma: Tensor, scale: Tensor, settled: Tensor) -> tuple[Tensor
 
 def _slot_sizes(sigma: Tensor, scale: Tensor, settled: Tensor) -> tuple[Tensor, Tensor]:
     """Length of A's row and B's column per slot; 1 where sigma = 0 (a probe, or an idle zero)."""
-    root = (sigma / scale.unsqueeze(-1).to(sigma.dtype)).sqrt()
-    root = torch.where(sigma > 0, root, torch.ones_like(root))
+    active = sigma > 0
+    root = torch.where(active, (sigma / scale.unsqueeze(-1)).sqrt(), 1.0)
     trial = torch.arange(sigma.shape[-1], device=sigma.device) >= settled.unsqueeze(-1)
-    gauge = torch.where(trial & (sigma > 0), TRIAL, 1.0).to(sigma.dtype)
+    gauge = torch.where(trial & active, TRIAL, 1.0)
     return root * gauge, root / gauge
 
 

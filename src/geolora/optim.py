@@ -10,22 +10,22 @@ state of its first parameter. Everything that must survive a checkpoint is in `s
 
 import math
 import warnings
+from collections import defaultdict
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
 from geolora.buckets import (
     by_shape,
     fingerprints,
     make_masters,
     new_group,
+    new_probes,
     pairs_of,
     phase_of,
     scales_of,
     stacked_gradients,
-    with_probes,
 )
 from geolora.errors import (
     NonFiniteGradientError,
@@ -47,6 +47,7 @@ from geolora.pairs import (
     refuse_unreachable,
     unpaired_lora_layers,
 )
+from geolora.rest import SETTINGS, adamw_step
 
 MOMENTS = ("adaptive", "momentum", "none")
 DEFAULT_LR = {"adaptive": 8e-3, "momentum": 1e-2, "none": 1e-1}
@@ -164,8 +165,7 @@ class GeoLoRA(torch.optim.Optimizer):
         paired = {id(p) for group in groups for p in group["params"]}
         rest = [p for p in model.parameters() if p.requires_grad and id(p) not in paired]
         if rest:
-            rest_group = {"kind": "rest", "params": rest, "lr": rest_lr}
-            groups.append({**rest_group, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0})
+            groups.append({"params": rest, "lr": rest_lr, **SETTINGS})
         unpaired = unpaired_lora_layers(model, adapter_name)
         if unpaired:
             warnings.warn(
@@ -199,23 +199,20 @@ class GeoLoRA(torch.optim.Optimizer):
                 "GeoLoRA.step: closures are not supported. Compute the loss and call backward() "
                 "before step(): the factors' gradients are read once, at the current point."
             )
-        if self._skip_non_finite():
-            return
         moves = [
             move
             for index, group in enumerate(self._geometric())
             if (move := self._read(index, group)) is not None
         ]
-        moves = self._bounded(moves)
-        moves = [self._advance(move) for move in moves]
-        moves = self._judged(moves)
+        if self._skip_non_finite(moves):
+            return
+        moves = self._judged(self._advanced(self._bounded(moves)))
         for move in moves:
             self._commit(move)
         for group in self._geometric():
             group["steps"] += 1
-        for group in self.param_groups:
-            if group["kind"] == "rest":
-                self._adamw(group)
+        for group in self._rest():
+            adamw_step(group, self.state)
 
     # ---- reading -------------------------------------------------------------------------------
 
@@ -231,24 +228,23 @@ class GeoLoRA(torch.optim.Optimizer):
             make_masters(state, group)
         right, left = self._maps(index, group, state)
         grad_A, grad_B = stacked_gradients(group["params"], state["U"].dtype)
-        if right.dim() == 2:
-            K, L = grad_B * right.unsqueeze(-2), grad_A.mT * left.unsqueeze(-2)
-        else:
-            K, L = grad_B @ right, grad_A.mT @ left
-        point = method.Point(state["U"], state["sigma"], state["V"])
-        return _Move(index, group, live, point, K, L, point, written=False)
+        (K, L), beta = _memory(group, state)
+        K = torch.baddbmm(K.mT, right.mT, grad_B.mT, beta=beta).mT
+        L = torch.baddbmm(L.mT, left.mT, grad_A, beta=beta).mT
+        point, M = method.Point(state["U"], state["sigma"], state["V"]), method.Momentum(K, L)
+        return _Move(index, group, live, point, M, point, M, written=False)
 
     def _maps(
         self, index: int, group: dict[str, Any], state: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        """What turns factor gradients into K and L: numbers per slot (n, r), or matrices (n, r, r).
+        """What turns factor gradients into K and L: matrices (n, r, r).
 
         Where A or B are no longer what we wrote (a reload, an initialiser, `prune`), the masters of
         those pairs are read from them again and their momentum is carried over.
         """
         settled = torch.tensor(group["ranks"], device=state["sigma"].device)
         scale = scales_of(group, state["sigma"])
-        right, left = balanced_maps(state["sigma"], scale, settled)
+        right, left = (x.diag_embed() for x in balanced_maps(state["sigma"], scale, settled))
         if self._seen.get(index) == fingerprints(group["params"]):
             return right, left
         A, B = to_pair(state["U"], state["sigma"], state["V"], scale, settled)
@@ -263,7 +259,6 @@ class GeoLoRA(torch.optim.Optimizer):
         if not stale:
             self._seen[index] = fingerprints(group["params"])
             return right, left
-        right, left = right.diag_embed(), left.diag_embed()
         for i in stale:
             a, b = (p.flatten(1) for p in group["params"][2 * i : 2 * i + 2])
             reading = read_pair(a, b, group["scales"][i], group["start_rank"])
@@ -280,17 +275,16 @@ class GeoLoRA(torch.optim.Optimizer):
                 )
         return right, left
 
-    def _skip_non_finite(self) -> bool:
+    def _skip_non_finite(self, moves: list["_Move"]) -> bool:
         """True, with one warning naming the layers, where a gradient is NaN or infinite."""
-        grads = [
-            p.grad for group in self.param_groups for p in group["params"] if p.grad is not None
-        ]
-        if not grads:
+        rest = [g for group in self._rest() for p in group["params"] if (g := p.grad) is not None]
+        # a sum is finite only where all its terms are, and much cheaper than asking each of them
+        sums = [part.sum() for move in moves for part in move.M]
+        sums += [g.sum(dtype=torch.promote_types(g.dtype, torch.float32)) for g in rest]
+        if not sums:
             return False
         first = self._geometric()[0]
-        sizes = torch._foreach_norm([g.detach() for g in grads], math.inf)  # pyright: ignore[reportPrivateImportUsage]
-        finite = [size.isfinite().to(sizes[0].device) for size in sizes]
-        if bool(torch.stack(finite).all()):
+        if bool(torch.stack([total.to(sums[0]) for total in sums]).isfinite().all()):
             first["skipped"] = 0
             return False
         names = [
@@ -319,42 +313,54 @@ class GeoLoRA(torch.optim.Optimizer):
         """Scale all tangent gradients down where their joint norm exceeds max_tangent_norm."""
         if not moves or moves[0].group["max_tangent_norm"] is None:
             return moves
-        squares = [norm(move.K, move.L, move.point.U).square().sum() for move in moves]
+        squares, memories = [], []
+        for move in moves:
+            before, beta = _memory(move.group, self.state[move.group["params"][0]])
+            memories.append([beta * part for part in before])
+            K, L = (part - old for part, old in zip(move.M, memories[-1], strict=True))
+            squares.append(norm(K, L, move.point.U).square().sum())
         total = torch.stack([s.to(squares[0].device) for s in squares]).sum().sqrt()
         factor = (moves[0].group["max_tangent_norm"] / total.clamp(min=1e-30)).clamp(max=1.0)
-        return [
-            move._replace(K=move.K * factor.to(move.K), L=move.L * factor.to(move.L))
-            for move in moves
-        ]
+        bounded = []
+        for move, old in zip(moves, memories, strict=True):
+            parts = (a.lerp(b, factor.to(b)) for a, b in zip(old, move.M, strict=True))
+            M = method.Momentum(*parts)
+            bounded.append(move._replace(M=M, carried=M))
+        return bounded
 
-    def _advance(self, move: "_Move") -> "_Move":
-        """The new point of a bucket, capped but not yet judged."""
-        group, point = move.group, move.point
-        K, L = move.K, move.L
-        if group["moments"] != "none":
-            state = self.state[group["params"][0]]
-            K = K + group["momentum"] * state["K"]
-            L = L + group["momentum"] * state["L"]
-            move = move._replace(K=K, L=L)
-        lr = float(group["lr"])
-        if lr == 0.0 or not any(move.live):
-            return move
-        soften = None
-        if group["moments"] == "adaptive":
-            lr, soften = lr * math.sqrt(REFERENCE_WIDTH / group["width"]), SOFTEN
-        slots = point.sigma.shape[-1]
-        holding = phase_of(group) == "hold"
-        cap = torch.tensor(
-            group["ranks"] if holding else [slots] * len(move.live), device=point.sigma.device
-        )
-        return move._replace(new=method.step(point, K, L, lr, cap, soften), written=True)
+    def _advanced(self, moves: list["_Move"]) -> list["_Move"]:
+        """The new points of all buckets, capped but not yet judged."""
+        together: dict[Any, list[int]] = defaultdict(list)
+        for i, move in enumerate(moves):
+            if move.group["lr"] != 0.0 and any(move.live):
+                sigma = move.point.sigma
+                together[sigma.shape[-1], sigma.dtype, sigma.device].append(i)
+        for (slots, _, device), indices in together.items():
+            due = [moves[i] for i in indices]
+            rates, caps = [], []
+            for move in due:
+                group, count = move.group, len(move.live)
+                wide = group["moments"] == "adaptive"
+                factor = math.sqrt(REFERENCE_WIDTH / group["width"]) if wide else 1.0
+                rates += [float(group["lr"]) * factor] * count
+                caps += group["ranks"] if phase_of(group) == "hold" else [slots] * count
+            ends = method.step(
+                [move.point for move in due],
+                [move.M for move in due],
+                torch.tensor(rates, dtype=torch.float64, device=device),
+                torch.tensor(caps, device=device),
+                SOFTEN if due[0].group["moments"] == "adaptive" else None,
+            )
+            for i, (new, carried) in zip(indices, ends, strict=True):
+                moves[i] = moves[i]._replace(new=new, carried=carried, written=True)
+        return moves
 
     def _judged(self, moves: list["_Move"]) -> list["_Move"]:
         """Cut every bucket whose cycle says so, by tail and then by the budget over all layers."""
         if not all(phase_of(m.group) == "judge" and m.group["lr"] != 0 for m in moves):
             return moves
         # a layer without a gradient in this step is judged as it stands
-        due = [move._replace(new=_where(move.live, move.new, move.point)) for move in moves]
+        due = [move.standing() for move in moves]
         settings = self._geometric()[0]
         ranks = settled_ranks(
             [sigma for move in due for sigma in move.new.sigma.double().cpu()],
@@ -368,8 +374,9 @@ class GeoLoRA(torch.optim.Optimizer):
             move.group["settled"] = settle is not None and move.group["steps"] >= settle
             move.group["ranks"], ranks = ranks[: len(move.live)], ranks[len(move.live) :]
             kept = torch.tensor(move.group["ranks"], device=move.new.sigma.device)
-            new = method.cut(move.new, kept)
-            judged.append(move._replace(new=new, live=[True] * len(move.live), written=True))
+            new, carried = method.cut(move.new, move.carried, kept)
+            live = [True] * len(move.live)
+            judged.append(move._replace(new=new, carried=carried, live=live, written=True))
         return judged
 
     # ---- writing -------------------------------------------------------------------------------
@@ -378,63 +385,32 @@ class GeoLoRA(torch.optim.Optimizer):
         """Store the new masters and momentum; write A and B unless nothing moved."""
         group, params = move.group, move.group["params"]
         state = self.state[params[0]]
-        new, old = move.new, move.point
+        new, carried = move.new, move.carried
         if move.written and phase_of({**group, "steps": group["steps"] + 1}) == "grow":
-            new = new._replace(V=with_probes(new.U, new.V, group["layers"], group["steps"]))
-        carried: dict[str, Tensor] = {}
-        if "K" in state:
-            K, L = move.K, move.L
-            if move.written:
-                K, L = transport(K, L, old.U, old.V, new.U, new.V)
-            carried = {"K": K, "L": L}
-        fresh = {**new._asdict(), **carried}
-        if not all(move.live):
-            live = torch.tensor(move.live, device=new.sigma.device)
-            fresh = {k: torch.where(_rows(live, v), v, state[k]) for k, v in fresh.items()}
-        state.update(fresh)
+            omega, slot = new_probes(new.U, new.V, group["layers"], group["steps"])
+            new = new._replace(V=new.V + omega * slot)
+            U, _, V = move.point
+            along, _ = transport(*move.M, U, V, U[..., :0], omega)
+            carried = carried._replace(K=carried.K + along * slot)
+        fresh = new._asdict() | (carried._asdict() if "K" in state else {})
+        state.update({key: _where(move.live, fresh[key], state[key]) for key in fresh})
         if not move.written:
             return
         settled = torch.tensor(group["ranks"], device=new.sigma.device)
         A, B = to_pair(
             state["U"], state["sigma"], state["V"], scales_of(group, state["sigma"]), settled
         )
+        rows, columns = A.unbind(), B.unbind()
         targets, sources = [], []
         for i, (a, b) in enumerate(pairs_of(params)):
             if move.live[i]:
                 targets += [a, b]
-                sources += [A[i].view(a.shape), B[i].view(b.shape)]
+                sources += [rows[i].view(a.shape), columns[i].view(b.shape)]
         torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]
         if all(move.live):
             self._seen[move.place] = fingerprints(params)
         else:
             self._seen.pop(move.place, None)
-
-    def _adamw(self, group: dict[str, Any]) -> None:
-        params = [p for p in group["params"] if p.grad is not None]
-        if not params:
-            return
-        for p in params:
-            if not self.state[p]:
-                self.state[p] = {
-                    "step": torch.zeros((), dtype=torch.float32),
-                    "exp_avg": torch.zeros_like(p),
-                    "exp_avg_sq": torch.zeros_like(p),
-                }
-        adamw(
-            params,
-            [p.grad for p in params],
-            [self.state[p]["exp_avg"] for p in params],
-            [self.state[p]["exp_avg_sq"] for p in params],
-            [],
-            [self.state[p]["step"] for p in params],
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
 
     # ---- state ---------------------------------------------------------------------------------
 
@@ -482,13 +458,13 @@ class GeoLoRA(torch.optim.Optimizer):
     def _geometric(self) -> list[dict[str, Any]]:
         return [group for group in self.param_groups if group["kind"] == "geometric"]
 
+    def _rest(self) -> list[dict[str, Any]]:
+        return [group for group in self.param_groups if group["kind"] == "rest"]
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters for AdamW; pairs are found when the optimizer is built, not here."""
         if "kind" not in param_group:
-            param_group.setdefault("kind", "rest")
-            param_group.setdefault("lr", self.defaults["rest_lr"])
-            for key, value in (("betas", (0.9, 0.999)), ("eps", 1e-8), ("weight_decay", 0.0)):
-                param_group.setdefault(key, value)
+            param_group = {"lr": self.defaults["rest_lr"], **SETTINGS, **param_group}
         super().add_param_group(param_group)
         if "_seen" not in self.__dict__:
             self._seen = {}
@@ -501,21 +477,31 @@ class _Move(NamedTuple):
     group: dict[str, Any]
     live: list[bool]
     point: method.Point
-    K: Tensor
-    L: Tensor
+    M: method.Momentum
     new: method.Point
+    carried: method.Momentum
     written: bool
 
+    def standing(self) -> "_Move":
+        """The same, where the layers without a gradient stay at their old point."""
+        new = (_where(self.live, a, b) for a, b in zip(self.new, self.point, strict=True))
+        carried = (_where(self.live, a, b) for a, b in zip(self.carried, self.M, strict=True))
+        return self._replace(new=method.Point(*new), carried=method.Momentum(*carried))
 
-def _rows(live: Tensor, like: Tensor) -> Tensor:
-    """A mask over the first dimension, ready to broadcast."""
-    return live.view(-1, *[1] * (like.dim() - 1))
+
+def _memory(group: dict[str, Any], state: dict[str, Any]) -> tuple[method.Momentum, float]:
+    """The momentum of the steps before, and its factor; with none, anything and zero."""
+    if group["moments"] == "none":
+        return method.Momentum(state["U"], state["V"]), 0.0
+    return method.Momentum(state["K"], state["L"]), group["momentum"]
 
 
-def _where(live: list[bool], new: method.Point, old: method.Point) -> method.Point:
-    """The new point of the layers that are live, the old one of the others."""
-    mask = torch.tensor(live, device=new.sigma.device)
-    return method.Point(*(torch.where(_rows(mask, a), a, b) for a, b in zip(new, old, strict=True)))
+def _where(live: list[bool], new: Tensor, old: Tensor) -> Tensor:
+    """Rows of the new tensor for the layers that are live, of the old one for the others."""
+    if all(live):
+        return new
+    mask = torch.tensor(live, device=new.device).view(-1, *[1] * (new.dim() - 1))
+    return torch.where(mask, new, old)
 
 
 def _firsts(state_dict: dict[str, Any]) -> list[dict[str, Any] | None]:

@@ -54,11 +54,9 @@ def transport(
         U, V: the old bases (*batch, d_out, r), (*batch, d_in, r).
         U_new, V_new: the new bases, of any number of columns.
     """
-    across = V.mT @ V_new  # (*batch, r, r')
-    along = U.mT @ U_new  # (*batch, r, r')
-    core = U.mT @ K  # (*batch, r, r)
-    K_new = (K - U @ core) @ across + U @ (L.mT @ V_new)
-    L_new = (L - V @ core.mT) @ along + V @ (K.mT @ U_new)
+    K_new, L_new = K @ (V.mT @ V_new), L @ (U.mT @ U_new)
+    K_new = K_new + U @ (L.mT @ V_new - U.mT @ K_new)
+    L_new = L_new + V @ (K.mT @ U_new - V.mT @ L_new)
     return K_new, L_new
 
 
@@ -67,14 +65,18 @@ def norm(K: Tensor, L: Tensor, U: Tensor) -> Tensor:
     return inner(K, L, K, L, U).clamp(min=0).sqrt()
 
 
-def core_of(K: Tensor, U: Tensor, RK: Tensor, RL: Tensor) -> Tensor:
-    """A tangent matrix in the augmented bases [U | U~], [V | V~].
+def core_of(RK: Tensor, RL: Tensor) -> Tensor:
+    """A tangent matrix in the augmented bases [U | U~], [V | V~], from its parts there.
 
-    [[ U^T M V,  U^T M V~ ], [ U~^T M V,  0 ]], (*batch, 2r, 2r), with U~^T K = RK and V~^T L = RL.
-    The lower right block of a tangent matrix is zero by construction.
+    [[ U^T M V,  U^T M V~ ], [ U~^T M V,  0 ]], (*batch, 2r, 2r). The lower right block of a tangent
+    matrix is zero by construction.
+
+    Args:
+        RK: [U | U~]^T K (*batch, 2r, r).
+        RL: [V | V~]^T L (*batch, 2r, r).
 
     Source: GeoLoRA, arXiv 2410.18720, the coefficient matrix before truncation.
     """
-    upper = torch.cat([U.mT @ K, RL.mT], dim=-1)
-    lower = torch.cat([RK, torch.zeros_like(RK)], dim=-1)
-    return torch.cat([upper, lower], dim=-2)
+    r = RK.shape[-1]
+    rest = torch.cat([RL[..., r:, :].mT, torch.zeros_like(RK[..., r:, :])], dim=-2)
+    return torch.cat([RK, rest], dim=-1)

@@ -11,12 +11,13 @@ Differences from the paper and the authors' code: no S^-1 anywhere, so sigma = 0
 Defaults: soften = 0.01, measured (docs/decisions.md); the paper has no adaptive step.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from geolora.kernels.augment import augment, polish
+from geolora.kernels.augment import orthonormal, span
 from geolora.kernels.tangent import core_of
 from geolora.kernels.truncate import leading, numerical_rank
 
@@ -24,8 +25,8 @@ from geolora.kernels.truncate import leading, numerical_rank
 class Point(NamedTuple):
     """W = U diag(sigma) V^T in r slots, sigma descending.
 
-    U (*batch, d_out, r) and V (*batch, d_in, r): orthonormal columns, zero in idle slots.
-    sigma (*batch, r): non-negative. A slot with sigma = 0 and a column of V only is a probe.
+    U (n, d_out, r) and V (n, d_in, r): orthonormal columns, zero in idle slots.
+    sigma (n, r): non-negative. A slot with sigma = 0 and a column of V only is a probe.
     """
 
     U: Tensor
@@ -33,88 +34,99 @@ class Point(NamedTuple):
     V: Tensor
 
 
+class Momentum(NamedTuple):
+    """A tangent matrix M by its parts K = M V (n, d_out, r) and L = M^T U (n, d_in, r)."""
+
+    K: Tensor
+    L: Tensor
+
+
 def step(
-    point: Point,
-    K: Tensor,
-    L: Tensor,
-    lr: Tensor | float,
+    points: Sequence[Point],
+    moves: Sequence[Momentum],
+    lr: Tensor,
     cap: Tensor,
     soften: float | None = None,
-) -> Point:
-    """W+ = truncate(W - lr M) for a tangent matrix M with parts K = M V and L = M^T U.
+) -> list[tuple[Point, Momentum]]:
+    """W+ = truncate(W - lr M) for tangent matrices M, and M carried to W+.
 
     Before truncation the result is exactly W - lr M, of rank at most 2r. With M = P(W)G and
-    soften = None this is the paper's step.
+    soften = None this is the paper's step. M is carried by orthogonal projection, P(W+)M.
+
+    Layers of one shape come as a stack; stacks of different shapes with the same number of slots
+    come together, because their 2r x 2r problems are one problem.
 
     Args:
-        point: the current factors.
-        K: (*batch, d_out, r). L: (*batch, d_in, r).
-        lr: step size, a number or (*batch,). Unit: change of W per unit of M; with `soften` the
-            spectral norm of the change.
-        cap: (*batch,) integers, the rank to keep at most.
+        points: the current factors, (n_i, ...) each, N layers in all.
+        moves: the tangent matrices, by their parts there.
+        lr: step sizes (N,). Unit: change of W per unit of M; with `soften` the spectral norm of
+            the change.
+        cap: (N,) integers, the rank to keep at most.
         soften: None, or the constant e of the normalised step, where every singular value t of M
             becomes t / (t + e t_1): all directions move at a like speed. Provisional.
 
     Returns:
-        The new point, in the same slots. Where W+ = 0 the old probes are kept.
+        The new points, in the same slots, and the parts of P(W+)M there. Where W+ = 0 the old
+        probes are kept: without them a layer at W = 0 would never see a gradient again. Slots
+        that only had a left vector keep that one.
 
     Precision:
-        Bases in the dtype of `point`; the core and its SVD in float64. Singular values are kept
-        when they exceed eps * sigma_1 of the bases' dtype.
+        Factors in the dtype of the points, everything between in float64. Singular values are
+        kept when they exceed eps * sigma_1 of the factors' dtype.
     """
-    U, sigma, V = point
-    slots = sigma.shape[-1]
-    U_new, RK = augment(U, K)
-    V_new, RL = augment(V, L)
-    move = core_of(K, U, RK, RL).double()
-    if soften is not None:
-        move = soft_sign(move, soften)
-    lr = torch.as_tensor(lr, dtype=torch.float64, device=move.device)
-    core = torch.diag_embed(torch.nn.functional.pad(sigma.double(), (0, slots)))
-    core = core - lr[..., None, None] * move
+    slots, dtype = points[0].sigma.shape[-1], points[0].sigma.dtype
+    bases = [point.U for point in points] + [point.V for point in points]
+    parts = [M.K for M in moves] + [M.L for M in moves]
+    spans = [span(basis, part) for basis, part in zip(bases, parts, strict=True)]
+    grams = torch.cat([gram for _, gram, _ in spans])
+    turns = orthonormal(grams, slots)  # [U | U~] = Z @ turn
+    move = core_of(*(turns.mT @ torch.cat([C for _, _, C in spans])).chunk(2))
+    sigma = torch.cat([point.sigma for point in points]).double()
+    core = torch.diag_embed(torch.nn.functional.pad(sigma, (0, slots)))
+    core = core - lr[:, None, None] * (move if soften is None else soft_sign(move, soften))
 
     P, values, Qt = torch.linalg.svd(core)
-    tolerance = max(torch.finfo(U.dtype).eps, core.shape[-1] * torch.finfo(core.dtype).eps)
-    rank = torch.minimum(numerical_rank(values, tolerance), cap)
-    keep = leading(rank, slots).to(U.dtype)
-    P, Q = P[..., :slots].to(U.dtype), Qt.mT[..., :slots].to(U.dtype)
-    U_next = polish((torch.cat([U, U_new], dim=-1) @ P) * keep.unsqueeze(-2))
-    V_next = polish((torch.cat([V, V_new], dim=-1) @ Q) * keep.unsqueeze(-2))
-    sigma_next = values[..., :slots].to(U.dtype) * keep
-    return _or_probes(Point(U_next, sigma_next, V_next), point)
+    tolerance = max(torch.finfo(dtype).eps, core.shape[-1] * torch.finfo(core.dtype).eps)
+    keep = leading(torch.minimum(numerical_rank(values, tolerance), cap), slots)
+    values = (values[:, :slots] * keep).to(dtype)
+    # where nothing is left of W: the old right vectors, and left ones that have no right one
+    old = torch.eye(2 * slots, slots, device=core.device, dtype=core.dtype)
+    alone = grams.chunk(2)[1].diagonal(dim1=-2, dim2=-1)[:, None, :slots] == 0
+    keep = keep.unsqueeze(-2)
+    P = torch.where(keep[..., :1], P[..., :slots] * keep, old * alone)
+    Q = torch.where(keep[..., :1], Qt.mT[..., :slots] * keep, old)
+    onto = turns @ torch.cat([torch.cat([P, Q]), torch.cat([move @ Q, move.mT @ P])], dim=-1)
+    count = [len(point.sigma) for point in points]
+    ends = [  # U+ and K+, then V+ and L+
+        [part.to(dtype).mT for part in torch.bmm(on.mT, Z.mT).split(slots, dim=-2)]
+        for (Z, _, _), on in zip(spans, onto.split(count * 2), strict=True)
+    ]
+    return [
+        (Point(U, value, V), Momentum(K, L))
+        for (U, K), value, (V, L) in zip(
+            ends[: len(count)], values.split(count), ends[len(count) :], strict=True
+        )
+    ]
 
 
 def soft_sign(move: Tensor, soften: float) -> Tensor:
     """Replace every singular value t by t / (t + soften * t_1); zero stays zero.
 
-    A spectral form of steepest descent: as soften -> 0 all directions move by one.
+    A spectral form of steepest descent: as soften -> 0 all directions move by one. With M^T M =
+    W t^2 W^T it is M W (t + soften t_1)^-1 W^T: one eigenvalue problem, and no division by t.
     """
-    P, values, Qt = torch.linalg.svd(move, full_matrices=False)
-    floor = soften * values[..., :1]
-    speed = values / torch.where(floor > 0, values + floor, torch.ones_like(values))
-    return (P * speed.unsqueeze(-2)) @ Qt
+    squares, W = torch.linalg.eigh(move.mT @ move)
+    values = squares.clamp(min=0).sqrt()
+    floor = soften * values[..., -1:]
+    speed = torch.where(floor > 0, values + floor, torch.ones_like(values)).reciprocal()
+    return move @ ((W * speed.unsqueeze(-2)) @ W.mT)
 
 
-def cut(point: Point, ranks: Tensor) -> Point:
-    """Keep the leading ranks[...] slots of a point; the rest becomes idle.
+def cut(point: Point, M: Momentum, ranks: Tensor) -> tuple[Point, Momentum]:
+    """Keep the leading ranks[...] slots of a point, and of a momentum there; the rest becomes idle.
 
-    The error in W is exactly the norm of the singular values dropped.
+    The error in W is exactly the norm of the singular values dropped. Where W = 0 nothing is cut.
     """
-    keep = leading(ranks, point.sigma.shape[-1]).to(point.U.dtype)
-    kept = Point(point.U * keep.unsqueeze(-2), point.sigma * keep, point.V * keep.unsqueeze(-2))
-    return _or_probes(kept, point)
-
-
-def _or_probes(new: Point, old: Point) -> Point:
-    """Where nothing of W is left, keep the old right vectors as probes: sigma = 0, U = 0.
-
-    Without them a layer at W = 0 would never see a gradient again. Slots that only had a left
-    vector keep that one.
-    """
-    empty = (new.sigma[..., :1] == 0).unsqueeze(-1)
-    left_only = (old.V == 0).all(-2, keepdim=True)
-    return Point(
-        torch.where(empty, old.U * left_only, new.U),
-        new.sigma,
-        torch.where(empty, old.V, new.V),
-    )
+    keep = leading(ranks, point.sigma.shape[-1]) | (point.sigma[..., :1] == 0)
+    sigma, keep = point.sigma * keep, keep.unsqueeze(-2)
+    return Point(point.U * keep, sigma, point.V * keep), Momentum(M.K * keep, M.L * keep)

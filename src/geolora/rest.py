@@ -1,0 +1,39 @@
+"""Everything that is trained and is not a LoRA pair: heads, biases, embeddings, by torch's AdamW."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+SETTINGS = {"kind": "rest", "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+"""What a param group of AdamW holds beside its parameters and its lr."""
+
+
+def adamw_step(group: dict[str, Any], state: dict[Tensor, dict[str, Any]]) -> None:
+    """One step of AdamW for the parameters of a group that have a gradient; makes their state."""
+    params = [p for p in group["params"] if p.grad is not None]
+    if not params:
+        return
+    for p in params:
+        if not state[p]:
+            state[p] = {
+                "step": torch.zeros((), dtype=torch.float32),
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p),
+            }
+    adamw(
+        params,
+        [p.grad for p in params],
+        [state[p]["exp_avg"] for p in params],
+        [state[p]["exp_avg_sq"] for p in params],
+        [],
+        [state[p]["step"] for p in params],
+        amsgrad=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )
