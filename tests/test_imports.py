@@ -20,7 +20,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "kernels": (),
     "methods": CORE,
     "pairs": ("errors",),
-    "buckets": ("pairs",),
+    "buckets": ("errors", "pairs"),
     "rest": (),
     "optim": (*MODEL, "buckets", "rest"),
     "adapter": (*CORE, "pairs"),

@@ -2,8 +2,10 @@
 
 import copy
 import io
+import math
 import pickle
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from geolora.errors import (
 )
 from geolora.factors import slot_ranks
 from geolora.kernels.tangent import to_dense
+from geolora.pairs import find_pairs
 from models import OneLayer, backward, lora_net, pairs_of, same, snapshot, train
 from tolerances import bound, difference
 
@@ -526,6 +529,42 @@ def test_a_state_of_another_model_is_refused_and_changes_nothing() -> None:
     assert after["param_groups"] == before["param_groups"]
     for key, values in before["state"].items():
         assert all(torch.equal(value, after["state"][key][name]) for name, value in values.items())
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda s: s.pop("state"), "must have `state` and `param_groups`; got .'param_groups'."),
+        (lambda s: s["state"][0].pop("V"), "must be whole; `V` of first is missing"),
+        (lambda s: s["state"][0].pop("K"), "must be whole; `K` of first is missing"),
+        (lambda s: s["param_groups"][0].pop("ranks"), "must be whole; `ranks` of first is missing"),
+        (
+            lambda s: s["state"][0].update(L=s["state"][0]["L"][..., :2]),
+            r"`L` must be \(2, 12, 4\) for first; got \(2, 12, 2\)",
+        ),
+    ],
+)
+def test_a_state_that_is_not_whole_is_refused(damage: Callable, message: str) -> None:
+    model = lora_net()
+    optimizer = geolora.GeoLoRA(model, lr=1e-3)
+    train(model, optimizer, 2)
+    state = copy.deepcopy(optimizer.state_dict())
+    damage(state)
+    with pytest.raises(StateError, match=message):
+        optimizer.load_state_dict(state)
+    train(model, optimizer, 1)
+
+
+def test_a_nan_that_appears_in_a_factor_is_named() -> None:
+    model = lora_net()
+    optimizer = geolora.GeoLoRA(model, lr=1e-3)
+    train(model, optimizer, 2)
+    pair = find_pairs(model)[1]
+    with torch.no_grad():
+        pair.B[0, 0] = math.nan
+    backward(model)
+    with pytest.raises(SetupError, match="factors of `second` must be finite; B holds NaN"):
+        optimizer.step()
 
 
 def test_import_is_light_and_step_has_no_side_effect_on_gradients() -> None:

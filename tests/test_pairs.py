@@ -7,7 +7,7 @@ from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from torch import nn
 
 import geolora
-from geolora.errors import PairingError, SettingError, UnpairedParametersWarning
+from geolora.errors import PairingError, SettingError, SetupError, UnpairedParametersWarning
 from geolora.pairs import find_pairs, refuse_unreachable
 from models import lora_net
 
@@ -157,3 +157,37 @@ def test_layers_of_one_shape_share_a_group_and_geometric_groups_come_first() -> 
     optimizer = geolora.GeoLoRA(lora_net())
     assert [group["kind"] for group in optimizer.param_groups] == ["geometric", "geometric", "rest"]
     assert optimizer.param_groups[0]["layers"] == ["first", "second"]
+
+
+def test_factors_without_data_on_two_devices_or_not_finite_are_refused() -> None:
+    A, B = torch.randn(2, 6), torch.randn(8, 2)
+    refuse_unreachable("x", A, B)
+    with pytest.raises(SetupError, match="must be on one device; got cpu and meta"):
+        refuse_unreachable("x", A, B.to("meta"))
+    with pytest.raises(SetupError, match="on the meta device, without data"):
+        refuse_unreachable("x", A.to("meta"), B.to("meta"))
+    B[3, 1] = torch.inf
+    with pytest.raises(SetupError, match="`x` must be finite; B holds NaN or infinities"):
+        refuse_unreachable("x", A, B)
+    model = lora_net()
+    with torch.no_grad():
+        find_pairs(model)[2].A[0, 0] = torch.nan
+    for use in (geolora.GeoLoRA, geolora.ranks, geolora.prune):
+        with pytest.raises(SetupError, match="`down` must be finite; A holds NaN"):
+            use(model)
+
+
+def test_pairs_of_mixed_dtypes_train_each_in_its_own() -> None:
+    model = lora_net(dtype=torch.float32)
+    first, second, _ = find_pairs(model)
+    first.A.data, first.B.data = first.A.data.bfloat16(), first.B.data.bfloat16()
+    second.B.data = second.B.data.double()
+    before = [pair.B.detach().clone() for pair in (first, second)]
+    optimizer = geolora.GeoLoRA(model)
+    for pair in find_pairs(model):
+        pair.A.grad, pair.B.grad = torch.randn_like(pair.A), torch.randn_like(pair.B)
+    optimizer.step()
+    for pair, old in zip((first, second), before, strict=True):
+        assert pair.B.dtype == old.dtype
+        assert pair.B.isfinite().all()
+        assert not torch.equal(pair.B, old)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from geolora.errors import StateError
 from geolora.pairs import Pair
 
 
@@ -58,16 +59,62 @@ def new_group(pairs: list[Pair], settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def make_masters(state: dict[str, Any], group: dict[str, Any]) -> None:
-    """Zero masters U (n, d_out, r), sigma (n, r), V (n, d_in, r), and momentum K, L like U, V."""
+def master_shapes(group: dict[str, Any], moments: str) -> dict[str, tuple[int, ...]]:
+    """Masters U (n, d_out, r), sigma (n, r), V (n, d_in, r), and momentum K, L like U, V."""
     A, B = group["params"][:2]
-    n, r, dtype = len(group["layers"]), A.shape[0], torch.promote_types(A.dtype, torch.float32)
-    d_out, d_in = B.flatten(1).shape[0], A.flatten(1).shape[1]
+    n, r, d_out, d_in = len(group["layers"]), A.shape[0], B.shape[0], A[0].numel()
     shapes = {"U": (n, d_out, r), "sigma": (n, r), "V": (n, d_in, r)}
-    if group["moments"] != "none":
+    if moments != "none":
         shapes |= {"K": (n, d_out, r), "L": (n, d_in, r)}
-    for key, shape in shapes.items():
+    return shapes
+
+
+def make_masters(state: dict[str, Any], group: dict[str, Any]) -> None:
+    """Zero masters and momentum, in float32 or the wider dtype of A."""
+    A = group["params"][0]
+    dtype = torch.promote_types(A.dtype, torch.float32)
+    for key, shape in master_shapes(group, group["moments"]).items():
         state[key] = torch.zeros(shape, dtype=dtype, device=A.device)
+
+
+def refuse_other_state(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> None:
+    """Raise `StateError` for a saved state that is not of these groups, or not whole."""
+    if not {"state", "param_groups"} <= set(state_dict):
+        raise StateError(
+            "GeoLoRA.load_state_dict: the state must have `state` and `param_groups`; got "
+            f"{sorted(map(str, state_dict))[:4]}. Give what optimizer.state_dict() returned."
+        )
+    theirs = state_dict["param_groups"]
+    mine, other = (
+        [(group.get("layers"), len(group["params"])) for group in side] for side in (groups, theirs)
+    )
+    if mine != other:
+        raise StateError(
+            "GeoLoRA.load_state_dict: the state must be of the same layers; got "
+            f"{sum(len(names or []) for names, _ in other)} pairs, expected "
+            f"{sum(len(names or []) for names, _ in mine)}, or in another order. "
+            "Load it into the model it was saved with."
+        )
+    for group, saved in zip(groups, theirs, strict=True):
+        first = state_dict["state"].get(saved["params"][0])
+        if group["kind"] != "geometric" or not first:
+            continue
+        if missing := sorted(set(group) - set(saved)):
+            raise StateError(
+                f"GeoLoRA.load_state_dict: the state must be whole; `{missing[0]}` of "
+                f"{group['layers'][0]} is missing. Take an earlier checkpoint."
+            )
+        for key, shape in master_shapes(group, saved["moments"]).items():
+            if key not in first:
+                raise StateError(
+                    f"GeoLoRA.load_state_dict: the state must be whole; `{key}` of "
+                    f"{group['layers'][0]} is missing. Take an earlier checkpoint."
+                )
+            if tuple(first[key].shape) != shape:
+                raise StateError(
+                    f"GeoLoRA.load_state_dict: `{key}` must be {shape} for {group['layers'][0]}; "
+                    f"got {tuple(first[key].shape)}. Use the rank it was saved with."
+                )
 
 
 def stacked_gradients(params: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,8 @@ GeoloraError(Exception)
 ├── StateError(ValueError)                an optimizer state of another model
 ├── SetupError(RuntimeError)              closures, ZeRO partitions, sharded factors
 ├── GradientError(ArithmeticError)
-│   └── NonFiniteGradientError            too many steps in a row without a finite gradient
+│   ├── NonFiniteGradientError            too many steps in a row without a finite gradient
+│   └── DivergedError                     a training whose loss or weights are no longer finite
 └── AdapterError(RuntimeError)
     └── VerificationError                 a saved adapter that does not compute what it should
 
@@ -65,6 +66,10 @@ class GradientError(GeoloraError, ArithmeticError):
 
 class NonFiniteGradientError(GradientError):
     """Too many steps in a row were skipped for non-finite gradients."""
+
+
+class DivergedError(GradientError):
+    """The loss or the trained weights are no longer finite."""
 
 
 class AdapterError(GeoloraError, RuntimeError):

@@ -24,6 +24,7 @@ from geolora.buckets import (
     new_probes,
     pairs_of,
     phase_of,
+    refuse_other_state,
     scales_of,
     stacked_gradients,
 )
@@ -32,7 +33,6 @@ from geolora.errors import (
     SettingError,
     SetupError,
     SkippedStepWarning,
-    StateError,
     UnpairedParametersWarning,
     at_most_three,
 )
@@ -224,7 +224,6 @@ class GeoLoRA(torch.optim.Optimizer):
         lead = group["params"][0]
         state = self.state[lead]
         if not state:
-            refuse_unreachable(group["layers"][0], *group["params"])
             make_masters(state, group)
         right, left = self._maps(index, group, state)
         grad_A, grad_B = stacked_gradients(group["params"], state["U"].dtype)
@@ -260,6 +259,7 @@ class GeoLoRA(torch.optim.Optimizer):
             self._seen[index] = fingerprints(group["params"])
             return right, left
         for i in stale:
+            refuse_unreachable(group["layers"][i], *group["params"][2 * i : 2 * i + 2])
             a, b = (p.flatten(1) for p in group["params"][2 * i : 2 * i + 2])
             reading = read_pair(a, b, group["scales"][i], group["start_rank"])
             old_U, old_V = state["U"][i].clone(), state["V"][i].clone()
@@ -418,30 +418,12 @@ class GeoLoRA(torch.optim.Optimizer):
         """Load a state; every tensor keeps the dtype it was saved in (masters stay float32).
 
         Raises:
-            StateError: the state is of other layers, shapes or method; nothing is changed.
+            StateError: the state is of other layers or shapes, or not whole; nothing is changed.
         """
-        ours = [(group.get("layers"), len(group["params"])) for group in self.param_groups]
-        theirs = [(g.get("layers"), len(g["params"])) for g in state_dict["param_groups"]]
-        if ours != theirs:
-            raise StateError(
-                "GeoLoRA.load_state_dict: the state must be of the same layers; got "
-                f"{sum(len(names or []) for names, _ in theirs)} pairs, expected "
-                f"{sum(len(names or []) for names, _ in ours)}, or in another order. "
-                "Load it into the model it was saved with."
-            )
+        refuse_other_state(self.param_groups, state_dict)
         saved = [
             state_dict["state"].get(key) for g in state_dict["param_groups"] for key in g["params"]
         ]
-        for group, first in zip(self.param_groups, _firsts(state_dict), strict=True):
-            U = (first or {}).get("U")
-            if group["kind"] == "geometric" and U is not None:
-                A, B = group["params"][:2]
-                expected = (len(group["layers"]), B.shape[0], A.shape[0])
-                if tuple(U.shape) != expected:
-                    raise StateError(
-                        f"GeoLoRA.load_state_dict: `U` must be {expected} for "
-                        f"{group['layers'][0]}; got {tuple(U.shape)}. Use the rank it was saved with."
-                    )
         super().load_state_dict(state_dict)
         params = [p for group in self.param_groups for p in group["params"]]
         for p, values in zip(params, saved, strict=True):
@@ -502,10 +484,6 @@ def _where(live: list[bool], new: Tensor, old: Tensor) -> Tensor:
         return new
     mask = torch.tensor(live, device=new.device).view(-1, *[1] * (new.dim() - 1))
     return torch.where(mask, new, old)
-
-
-def _firsts(state_dict: dict[str, Any]) -> list[dict[str, Any] | None]:
-    return [state_dict["state"].get(g["params"][0]) for g in state_dict["param_groups"]]
 
 
 def _choose(name: str, value: str, choices: tuple[str, ...]) -> None:

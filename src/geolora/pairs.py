@@ -15,6 +15,7 @@ With `adapter.py`, `folders.py` and `saved.py` what knows PEFT; `tasks/peers.py`
 | tied pairs (shared storage)                               | refused: one matrix, two layers  |
 | tensor-parallel, DTensor, ZeRO-partitioned factors        | refused: the step needs whole A, B |
 | factors on MPS                                            | refused: no float64              |
+| factors on meta, on two devices, with NaN or infinities   | refused                          |
 | one of the two factors frozen                             | refused                          |
 """
 
@@ -193,7 +194,9 @@ def check_budget(pairs: list[Pair], budget: int | None) -> None:
 
 
 def refuse_unreachable(name: str, *factors: torch.Tensor) -> None:
-    """Raise `SetupError` for factors that are parts of a matrix (DTensor, ZeRO) or on MPS."""
+    """Raise `SetupError` for factors that are parts of a matrix (DTensor, ZeRO), on MPS, without
+    data (meta), on several devices, or not finite.
+    """
     for factor in factors:
         if factor.device.type == "mps":
             raise SetupError(
@@ -209,6 +212,23 @@ def refuse_unreachable(name: str, *factors: torch.Tensor) -> None:
             raise SetupError(
                 f"geolora: the factors of `{name}` are sharded (DTensor). Use DDP, or keep the "
                 "adapter modules out of sharding: the step needs whole factors."
+            )
+    devices = sorted({str(factor.device) for factor in factors})
+    if len(devices) > 1:
+        raise SetupError(
+            f"geolora: the factors of `{name}` must be on one device; got {' and '.join(devices)}. "
+            "Move the layer as a whole."
+        )
+    if devices == ["meta"]:
+        raise SetupError(
+            f"geolora: the factors of `{name}` are on the meta device, without data. Load the "
+            "weights first (low_cpu_mem_usage=False in get_peft_model)."
+        )
+    for side, factor in zip("AB", factors, strict=False):
+        if not bool(torch.isfinite(factor).all()):
+            raise SetupError(
+                f"geolora: the factors of `{name}` must be finite; {side} holds NaN or infinities. "
+                "Take an earlier checkpoint."
             )
 
 

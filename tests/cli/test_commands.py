@@ -185,7 +185,7 @@ def test_train_is_reproducible_and_goes_on_where_it_was_stopped(
         (["train", "--rank", "0"], "`--rank` must be above 0; got 0"),
         (["train", "--start-rank", "5"], "`start_rank`.*got 5"),
         (["train", "--budget", "99"], "`budget` must hold one direction in every layer.*got 99"),
-        (["train", "--method", "lora", "--budget", "9999"], "`--budget` belongs to geolora, adalora,"),
+        (["train", "--method", "lora", "--budget", "9999"], "`--budget` belongs to geolora, lora-then-truncate"),
         (["train", "--tail", "1.5"], "`tail` must be in [0, 1); got 1.5"),
         (["train", "--lr", "fast"], "--lr: invalid float value: 'fast'"),
         (["train", "--bugdet", "9"], "unknown argument `--bugdet`. Did you mean `--budget`?"),

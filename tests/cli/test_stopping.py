@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from geolora import optim
 from geolora.cli.__main__ import main
@@ -66,17 +66,27 @@ def run(
     return call
 
 
-def at_step(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], None]) -> None:
-    """Do something right after the optimizer's step of that number (counted from now)."""
-    step, done = optim.GeoLoRA.step, [0]
+def at_step(
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    act: Callable[[], None],
+    optimizer: type = optim.GeoLoRA,
+) -> list[int]:
+    """Do something right after the optimizer's step of that number; steps made, in a list."""
+    step, done = optimizer.step, [0]
 
-    def counted(self: optim.GeoLoRA, closure: None = None) -> None:
+    def counted(self: Any, closure: None = None) -> None:
         step(self, closure)
         done[0] += 1
         if done[0] == number:
             act()
 
-    monkeypatch.setattr(optim.GeoLoRA, "step", counted)
+    monkeypatch.setattr(optimizer, "step", counted)
+    return done
+
+
+def ctrl_c() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def everything(output: Path) -> dict[str, Any]:
@@ -119,22 +129,148 @@ def test_ctrl_c_saves_says_how_to_go_on_and_going_on_is_exact(
     assert "Traceback" not in err
     assert signal.getsignal(number) == before
     assert not (tmp_path / "out" / "report.json").exists()
-    steps = []
-    step = optim.GeoLoRA.step
-    monkeypatch.setattr(
-        optim.GeoLoRA, "step", lambda self, closure=None: (steps.append(1), step(self, closure))[1]
-    )
+    steps = at_step(monkeypatch, 0, ctrl_c)
     assert run("out")[0] == 0
-    assert len(steps) == STEPS - 13
+    assert steps == [STEPS - 13]
     assert_same(tmp_path / "whole", tmp_path / "out")
+
+
+WITHOUT = ("--save-every", STEPS)  # nothing is saved before the end, unless the run is stopped
+
+
+@pytest.mark.parametrize("method", ["pissa", "eva", "lora-then-truncate"])
+def test_peers_go_on_exactly(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    more = ["--method", method, *WITHOUT]
+    more += ["--budget", 2000] if method == "lora-then-truncate" else []
+    assert run("whole", *more)[0] == 0
+    with monkeypatch.context() as patch:
+        at_step(patch, 8, ctrl_c, torch.optim.AdamW)
+        assert run("out", *more)[0] == 130
+    steps = at_step(monkeypatch, 0, ctrl_c, torch.optim.AdamW)
+    assert run("out", *more)[0] == 0
+    assert steps == [STEPS - 8]
+    ours, theirs = (
+        load_file(tmp_path / folder / "adapter" / "adapter_model.safetensors")
+        for folder in ("whole", "out")
+    )
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["seconds"] > report["seconds_per_step"] * (STEPS - 1) / 2
+
+
+def test_a_stop_in_the_last_step_or_after_it_loses_nothing(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        at_step(patch, STEPS, ctrl_c)
+        code, err = run("out", *WITHOUT)
+    assert code == 130
+    assert "stopped after step 30 of 30, which is saved" in err
+    steps = at_step(monkeypatch, 0, ctrl_c)
+    with monkeypatch.context() as patch:
+
+        def interrupted(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(task, "save", interrupted)
+        assert run("out", *WITHOUT)[0] == 130
+    assert run("out", *WITHOUT)[0] == 0
+    assert steps == [0]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["seconds_per_step"] > 0
+
+
+def test_what_cannot_go_on_says_so(
+    run: Run, monkeypatch: pytest.MonkeyPatch, files: Path, tmp_path: Path
+) -> None:
+    command = words(files, tmp_path / "out", "--method", "adalora")
+    at = command.index("--save-every")
+    del command[at : at + 2]
+    with monkeypatch.context() as patch:
+        at_step(patch, 16, ctrl_c, torch.optim.AdamW)
+        assert main(command) == 130
+    steps = at_step(monkeypatch, 0, ctrl_c, torch.optim.AdamW)
+    assert main(command) == 0
+    assert steps == [STEPS]
+
+
+def test_overwrite_starts_anew_and_is_not_said_to_go_on(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        at_step(patch, 8, ctrl_c)
+        code, err = run("out", "--overwrite")
+    assert code == 130
+    assert "The same command without --overwrite goes on from there." in err
+    steps = at_step(monkeypatch, 0, ctrl_c)
+    assert run("out")[0] == 0
+    assert steps == [STEPS - 8]
+
+
+def test_a_changed_flag_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        at_step(patch, 8, ctrl_c)
+        assert run("out")[0] == 130
+    code, err = run("out", "--rank", 3)
+    assert code == 2
+    assert "holds a stopped run with --rank 4, now 3. Give the same flags to go on" in err
+
+
+def test_another_base_is_another_run(
+    run: Run, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(files / "model", tmp_path / "model")
+    with monkeypatch.context() as patch:
+        at_step(patch, 8, ctrl_c)
+        assert run("out", "--model", tmp_path / "model")[0] == 130
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    save_file({k: 1.5 * v for k, v in weights.items()}, tmp_path / "model" / "model.safetensors")
+    steps = at_step(monkeypatch, 0, ctrl_c)
+    code, err = run("out", "--model", tmp_path / "model")
+    assert code == 0
+    assert "checkpoint-8 belongs to another run: not used." in err
+    assert steps == [STEPS]
+
+
+def test_a_stopped_comparison_goes_on_within_its_run(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(
+        f"""
+output: {tmp_path}/compared
+common: {{model: {files}/model, max_steps: {STEPS}, batch_size: 16, rank: 4}}
+tasks: {{t: {{train: {files}/train.jsonl, eval: {files}/dev.jsonl}}}}
+methods:
+  lora: {{lr: [1e-2, 1e30]}}
+  geolora: {{lr: 0.03}}
+"""
+    )
+    with monkeypatch.context() as patch:
+        at_step(patch, 7, ctrl_c)
+        assert main(["compare", str(plan)]) == 130
+    assert "stopped after step 7 of 30, which is saved in" in capsys.readouterr().err
+    steps = at_step(monkeypatch, 0, ctrl_c)
+    assert main(["compare", str(plan)]) == 0
+    assert steps == [STEPS - 7]
+    out = capsys.readouterr().out
+    assert "3 runs, 2 of them done" in out
+    found = json.loads((tmp_path / "compared" / "comparison.json").read_text())
+    sweep = {(row["method"], row["lr"]): row for row in found["learning_rates"]}
+    assert sweep["lora", 1e30]["diverged"] == 1
+    assert [row["lr"] for row in found["rows"]] == [1e-2, 0.03]
+    assert not (tmp_path / "compared" / "running").exists()
 
 
 def test_a_second_ctrl_c_quits_at_once(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def twice() -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        ctrl_c()
+        ctrl_c()
 
     at_step(monkeypatch, 7, twice)
     code, err = run("out")

@@ -11,6 +11,7 @@ from geolora.report.comparison import table
 from geolora.tasks import comparison
 from geolora.tasks.comparison import Cell, read_plan, run_all, split, summarise
 from geolora.tasks.config import TrainConfig
+from geolora.tasks.output import alone, clear
 from geolora.tasks.text_classification import Outcome, TextData
 from models import reviews
 
@@ -71,6 +72,7 @@ def test_the_plan_is_the_grid_and_nearer_settings_win(files: Path) -> None:
         ("rank: 6", "rnak: 6", "methods: ours: unknown key `rnak`. Did you mean `rank`?"),
         ("rank: 6", "rank: six", "methods: ours: `rank` must be int; got str 'six'"),
         ("rank: 6", "seed: 6", "methods: ours: `seed` belongs to the comparison"),
+        ("rank: 6", "train_rows: 6", "methods: ours: `train_rows` belongs to a task"),
         ("lr: [1e-3, 1e-2]", "lr: []", "`lr` must have one step size or more"),
         ("lr: [1e-3, 1e-2]", "lr: [fast]", "`lr` must be float; got str 'fast'"),
         ("choose_on: 0.25", "choose_on: 1.5", "`choose_on` must be between 0 and 1; got 1.5"),
@@ -169,12 +171,26 @@ def test_runs_of_other_settings_or_data_are_not_mixed_in(
     other = PLAN.replace("rank: 6", "rank: 5")
     with pytest.raises(SettingError, match="was run with `rank` 6, now it is 5. Remove the file"):
         run_all(read_plan(plan_file(files, other)), lambda _: None)
-    with pytest.raises(SettingError, match="was run on other data"):
+    with pytest.raises(SettingError, match="was run on other data or another base"):
         run_all(read_plan(plan_file(files, PLAN.replace("0.25", "0.5"))), lambda _: None)
     (files / "out/runs/one/ours/lr-default/seed-0.json").write_text("{")
     with pytest.raises(SettingError, match="is not the file of a run. Remove it"):
         run_all(read_plan(plan_file(files)), lambda _: None)
     assert len(trained) == 12
+
+
+def test_an_output_that_is_a_file_or_in_use(files: Path, trained: list[TrainConfig]) -> None:
+    plan = read_plan(plan_file(files))
+    run_all(plan, lambda _: None)
+    made = len(trained)
+    (plan.output / "runs/one/ours/lr-default/seed-0.json").unlink()
+    with alone(plan.output), pytest.raises(OutputError, match="another process works in"):
+        run_all(plan, lambda _: None)
+    clear(plan.output)
+    plan.output.write_text("words")
+    with pytest.raises(OutputError, match="is a file. Choose a folder"):
+        run_all(plan, lambda _: None)
+    assert len(trained) == made
 
 
 def test_a_folder_of_something_else_is_left_alone(files: Path, trained: list[TrainConfig]) -> None:
@@ -214,7 +230,7 @@ def result(
     }  # fmt: skip
     history = [{"step": 1, "loss": 0.5}]
     return cell, {
-        "failure": None, "report": report, "choice": choice, "history": history, "predictions": hits,
+        "settings": {"method": method}, "failure": None, "report": report, "choice": choice, "history": history, "predictions": hits,
     }  # fmt: skip
 
 

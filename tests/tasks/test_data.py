@@ -1,5 +1,6 @@
 """Rows from every kind of source, labels that are names or 0..K-1, and a line for what is wrong."""
 
+import gzip
 import json
 import sys
 from pathlib import Path
@@ -56,6 +57,22 @@ def test_a_hub_set_without_network_is_one_line() -> None:
         DataError, match=r"^`--train`: no file o/n.* as a data set of the hub [^\n]+$"
     ):
         read_rows("o/n", "--train")
+
+
+def test_a_misspelt_file_is_not_looked_for_on_the_hub(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("{}")
+    with pytest.raises(DataError, match="must be a file.*Did you mean `train.jsonl`"):
+        read_rows("data/train.json", "--train")
+
+
+def test_a_torn_gz_is_one_line(tmp_path: Path) -> None:
+    whole = bytearray(gzip.compress(("\n".join(json.dumps(r) for r in ROWS * 500)).encode()))
+    whole[40:60] = bytes(20)
+    (tmp_path / "a.jsonl.gz").write_bytes(whole)
+    with pytest.raises(DataError, match=r"a.jsonl.gz cannot be read: [^\n]+$"):
+        read_rows(tmp_path / "a.jsonl.gz", "--train")
 
 
 def test_a_real_data_set_object_is_rows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,12 +10,19 @@ from geolora.tasks.order import WINDOW, batch_order
 LENGTHS = [(7 * i) % 31 + 1 for i in range(100)]
 
 
-def test_every_pass_holds_every_row_once() -> None:
-    order = batch_order(LENGTHS, 10, 25, seed=0)
-    assert len(order) == 250
-    counts = Counter(order)
-    assert set(counts) == set(range(100))
-    assert set(counts.values()) == {2, 3}
+@pytest.mark.parametrize("size", [1, 7, 10, 16, 64, 100])
+def test_every_pass_holds_every_row_once_and_no_batch_one_twice(size: int) -> None:
+    order = batch_order(LENGTHS, size, 350 // size + 1, seed=0)
+    assert len(order) == size * (350 // size + 1)
+    for start in (0, 100, 200):
+        assert sorted(order[start : start + 100]) == list(range(100))
+    for start in range(0, len(order), size):
+        assert len(set(order[start : start + size])) == size
+
+
+def test_more_in_a_batch_than_there_are_rows() -> None:
+    order = batch_order([3, 1, 2], 4, 3, seed=0)
+    assert Counter(order) == {0: 4, 1: 4, 2: 4}
 
 
 @pytest.mark.parametrize("steps", [1, 3, 7])

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from geolora.errors import SettingError
+from geolora.errors import DivergedError, SettingError
 from geolora.factors import read_pair
 from geolora.pairs import find_pairs
 from geolora.tasks import text_classification as task
@@ -132,21 +132,36 @@ def test_the_riemannian_optimizer_keeps_two_step_sizes() -> None:
     assert type(optimizer).__name__ == "RiemannianPreconditionedOptimizer"
 
 
-def test_adalora_takes_a_budget(model: Path, data: task.TextData) -> None:
-    config = settings(model, "adalora", budget=2000, output=str(model.parent / "budgeted"))
-    report = task.train(config, data).report
-    layers = AutoModelForSequenceClassification.from_pretrained(model)
-    plain = get_peft_model(layers, LoraConfig(r=1, target_modules="all-linear"))
-    cost = sum(
-        pair.d_in + pair.d_out for pair in find_pairs(plain) if "classifier" not in pair.name
+def test_eva_sees_rows_enough_for_a_pooler(model: Path, data: task.TextData) -> None:
+    """PEFT waits for ever for a layer that sees fewer vectors in a batch than it has directions."""
+    config = settings(model, "eva", batch_size=4, output=str(model.parent / "small-batches"))
+    assert task.train(config, data).report["steps"] == 60
+    few = task.TextData(
+        data.train[:10], data.train_labels[:10], data.held_out, data.held_out_labels, data.names
     )
-    assert sum(report["ranks"].values()) <= len(report["ranks"]) * (2000 // cost)
+    config = settings(model, "eva", max_steps=2, batch_size=5, output=str(model.parent / "few"))
+    with pytest.raises(SettingError, match="`--rank` 6 with eva needs 12 training rows or more"):
+        task.train(config, few)
+
+
+@pytest.mark.filterwarnings("ignore:.*(overflow|invalid value).*:RuntimeWarning")
+@pytest.mark.parametrize("method", ["lora", "dora", "eva", "riemannian", "adalora"])
+def test_a_peer_that_diverges_is_an_error(model: Path, data: task.TextData, method: str) -> None:
+    output = model.parent / f"diverged-{method}"
+    # DoRA's directions are normalised: at 1e30 it stays finite
+    lr = 1e20 if method == "dora" else 1e30
+    config = settings(model, method, lr=lr, max_steps=12, output=str(output))
+    with pytest.raises(DivergedError, match="training diverged: after step .* Lower `--lr`"):
+        task.train(config, data)
+    assert not (output / "report.json").exists()
+    assert not (output / "adapter").exists()
 
 
 @pytest.mark.parametrize(
     "more, message",
     [
-        ({"method": "lora", "budget": 9}, "`--budget` belongs to geolora, adalora, lora-then"),
+        ({"method": "lora", "budget": 9}, "`--budget` belongs to geolora, lora-then-truncate; got"),
+        ({"method": "adalora", "rank": 1}, "`--rank` must be 2 or more with adalora"),
         ({"method": "lora-then-truncate"}, "`--budget` must be given with lora-then-truncate"),
         ({"method": "dora", "start_rank": 2}, "`--start-rank` belongs to --method geolora"),
         ({"method": "pissa", "init": "gaussian"}, "`--init` must be default with pissa"),

@@ -20,6 +20,11 @@ def test_numbers_are_numbers(tmp_path: Path) -> None:
     assert found == {"a": 1e-3, "b": [3e-4, 0.5, 2, -150.0], "c": "v1e", "d": False}
 
 
+def test_an_anchor_that_merges_and_is_merged(tmp_path: Path) -> None:
+    text = "a: &x {b: 1, c: 2}\nd: {in: &y {<<: *x, c: 3}}\ne: {<<: *y, f: 4}\n"
+    assert read_yaml(written(tmp_path, text))["e"] == {"b": 1, "c": 3, "f": 4}
+
+
 def test_anchors_and_merging(tmp_path: Path) -> None:
     found = read_yaml(written(tmp_path, "a: &x {b: 1, c: 2}\nd: {<<: *x, c: 3}\n"))
     assert found["d"] == {"b": 1, "c": 3}
@@ -34,7 +39,8 @@ def test_anchors_and_merging(tmp_path: Path) -> None:
         ("", "must be a mapping of settings.*got nothing"),
         ("a: [1", "is not YAML in line 1"),
         ("a: !!python/object/apply:os.getcwd []", "is not YAML in line 1: could not determine"),
-        ("? [1, 2]\n: 3", "a key is no plain word"),
+        ("? [1, 2]\n: 3", "is not YAML in line 1: a key is no plain word"),
+        ("a: 2024-02-30", "is not YAML"),
     ],
 )
 def test_what_is_no_settings_file(tmp_path: Path, text: str, message: str) -> None:

@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.showwarning = _one_line_warning
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = build_parser()
-    if arguments and arguments[0][0] != "-" and arguments[0] not in COMMANDS:
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
         parser.error(f"unknown command `{arguments[0]}`.{nearest(arguments[0], COMMANDS)}")
     parsed, unknown = parser.parse_known_args(arguments)
     if unknown:

@@ -30,12 +30,14 @@ def run(arguments: argparse.Namespace) -> None:
     """Run what is missing, and print the table."""
     from geolora.report.comparison import figures, table
     from geolora.tasks.comparison import read_plan, run_all
+    from geolora.tasks.output import writing
 
     plan = read_plan(arguments.config)
     summary = run_all(plan, lambda line: print(line, flush=True))
     text = table(summary)
-    Path(plan.output / "table.txt").write_text(text + "\n", encoding="utf-8")
-    drawn = figures(plan.output)
+    with writing(plan.output):
+        Path(plan.output / "table.txt").write_text(text + "\n", encoding="utf-8")
+        drawn = figures(plan.output)
     print(f"\n{text}\n")
     print(
         f"written: {plan.output}/comparison.json, table.txt" + "".join(f", {p.name}" for p in drawn)

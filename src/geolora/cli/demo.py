@@ -46,8 +46,11 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.steps < 1:
         raise SettingError(f"`--steps` must be above 0; got {arguments.steps}.")
     clear(output)
+    output.mkdir(parents=True)
+    (output / "demo.json").write_text("{}\n", encoding="utf-8")  # whose folder it is
 
     from geolora.tasks import text_classification as task
+    from geolora.tasks.checkpoints import Stopped
     from geolora.tasks.docstrings import docstring_themes
 
     train, held_out = docstring_themes(seed=arguments.seed)
@@ -79,7 +82,12 @@ def run(arguments: argparse.Namespace) -> None:
             output=str(output / name),
             **settings,
         )
-        reports[name] = task.train(config, data).report
+        try:
+            reports[name] = task.train(config, data).report
+        except Stopped:
+            raise KeyboardInterrupt(
+                "stopped. The demo starts from its beginning, with --overwrite."
+            ) from None
     finish(output, reports, majority, logistic)
 
 

@@ -181,7 +181,7 @@ def _loss_curves(summary: dict[str, Any]) -> Any:
             curve["steps"],
             curve["losses"],
             color=colors[curve["method"]],
-            label=curve["method"],
+            label=curve["method"] + (" (with its regulariser)" if curve["regularised"] else ""),
             linewidth=1.2,
         )
     for panel in panels.values():

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import warnings
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 from geolora.errors import CheckpointWarning
 
 SEAL = "geolora.json"
+FOREIGN = "belongs to another run"
 
 
 class Stopped(KeyboardInterrupt):
@@ -33,6 +35,14 @@ def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
     partial.replace(path)
 
 
+def flush(folder: Path) -> None:
+    """Bring every file of a folder to disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
 def seal(checkpoint: Path, run: str) -> None:
     """Mark a checkpoint as whole.
 
@@ -40,14 +50,26 @@ def seal(checkpoint: Path, run: str) -> None:
         checkpoint: its folder; all files are on disk when this returns.
         run: what identifies the run, a hash of its settings and data.
     """
-    files = {}
-    for path in sorted(checkpoint.rglob("*")):
-        if path.is_file() and path.name != SEAL:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-                digest = _digest(file)
-            files[path.relative_to(checkpoint).as_posix()] = digest.hexdigest()
+    flush(checkpoint)
+    paths = [path for path in checkpoint.rglob("*") if path.is_file() and path.name != SEAL]
+    files = {path.relative_to(checkpoint).as_posix(): digest(path) for path in sorted(paths)}
     write_json(checkpoint / SEAL, {"run": run, "files": files})
+
+
+def rotate(folder: Path, run: str, newest: Path) -> None:
+    """Keep the newest checkpoint of a run, just sealed, and the whole one before it; drop others.
+
+    What belongs to another run is left alone.
+    """
+    before = None
+    for path in sorted(_steps(folder).values(), key=step_of, reverse=True):
+        if path == newest:
+            continue
+        problem = flaw(path, run)
+        if problem is None and before is None and step_of(path) < step_of(newest):
+            before = path
+        elif problem != FOREIGN:
+            shutil.rmtree(path)
 
 
 def flaw(checkpoint: Path, run: str) -> str | None:
@@ -60,14 +82,13 @@ def flaw(checkpoint: Path, run: str) -> str | None:
     except (OSError, ValueError, KeyError, TypeError):
         return f"has an unreadable {SEAL}"
     if owner != run:
-        return "belongs to another run"
+        return FOREIGN
     for name, expected in files.items():
         path = checkpoint / name
         if not path.is_file():
             return f"has lost {name}"
-        with path.open("rb") as file:
-            if _digest(file).hexdigest() != expected:
-                return f"has a changed or torn {name}"
+        if digest(path) != expected:
+            return f"has a changed or torn {name}"
     return None
 
 
@@ -78,11 +99,7 @@ def latest(folder: Path, run: str) -> Path | None:
         folder: where `checkpoint-N` folders lie; need not exist.
         run: as in `seal`.
     """
-    found = {
-        int(match[1]): path
-        for path in folder.glob("checkpoint-*")
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
-    }
+    found = _steps(folder)
     for step in sorted(found, reverse=True):
         problem = flaw(found[step], run)
         if problem is None:
@@ -96,11 +113,16 @@ def step_of(checkpoint: Path | None) -> int:
     return int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
 
 
-def checkpoint_callback(run: str) -> Any:
+def checkpoint_callback(run: str, can_resume: bool = True) -> Any:
     """A Trainer callback that seals every checkpoint, and saves one when the run is to stop.
 
     The first SIGINT (Ctrl-C) or SIGTERM lets the step end, saves and ends training, with `stopped`
-    set to the step; a second one ends the process at once, as without this callback.
+    set to the step; a second one ends the process at once, as without this callback. The last
+    step is saved too, so that whatever comes after training can be done again.
+
+    Args:
+        run: as in `seal`.
+        can_resume: False for a method that no checkpoint can continue: nothing is saved.
     """
     from transformers import TrainerCallback
 
@@ -120,20 +142,25 @@ def checkpoint_callback(run: str) -> Any:
         def ask(self, number: int, _frame: FrameType | None) -> None:
             self.asked = True
             self.give_back()
-            name = signal.Signals(number).name
+            name, act = signal.Signals(number).name, "saving" if can_resume else "stopping"
             warnings.warn(
-                f"{name}: saving after this step; again to quit at once.",
+                f"{name}: {act} after this step; again to quit at once.",
                 CheckpointWarning,
                 stacklevel=2,
             )
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-            if self.asked and state.global_step < state.max_steps:
-                control.should_save = control.should_training_stop = True
+            if self.asked or state.global_step == state.max_steps:
+                control.should_save = can_resume
+            if self.asked:
+                control.should_training_stop = True
                 self.stopped = state.global_step
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-            seal(Path(args.output_dir) / f"checkpoint-{state.global_step}", run)
+            folder = Path(args.output_dir)
+            newest = folder / f"checkpoint-{state.global_step}"
+            seal(newest, run)
+            rotate(folder, run, newest)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
             self.give_back()
@@ -146,9 +173,19 @@ def checkpoint_callback(run: str) -> Any:
     return Checkpoints()
 
 
-def _digest(file: Any) -> Any:
-    """SHA-256 of an open file."""
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
+
+
+def _steps(folder: Path) -> dict[int, Path]:
+    """Checkpoints by step."""
+    return {
+        int(match[1]): path
+        for path in folder.glob("checkpoint-*")
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    }

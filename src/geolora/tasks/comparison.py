@@ -9,11 +9,10 @@ table are computed here, into `comparison.json`; `report/comparison.py` draws th
 import hashlib
 import json
 import math
-import shutil
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,15 +20,24 @@ import torch
 
 from geolora.errors import GradientError, OutputError, SettingError
 from geolora.tasks.checkpoints import write_json
-from geolora.tasks.config import TrainConfig, check
+from geolora.tasks.config import TrainConfig, check, unfinished
 from geolora.tasks.metrics import METRICS
-from geolora.tasks.output import check_output, writing
+from geolora.tasks.output import alone, check_output, clear, writing
 from geolora.tasks.strict_yaml import known_keys, mapping, of_type, read_yaml, settings_of
-from geolora.tasks.text_classification import Rows, TextData, load, train
+from geolora.tasks.text_classification import (
+    Rows,
+    TextData,
+    base_id,
+    digest_of,
+    load,
+    train,
+)
 
 KEYS = ("output", "common", "tasks", "methods", "seeds", "choose_on", "against")
 GRID = ("seed", "output", "overwrite")
 """Settings of a run that the grid gives."""
+OF_TASKS = ("train", "eval", "train_rows", "task", "text", "text_pair", "label")
+"""Settings that all methods share on a task."""
 RESAMPLES = 10_000
 INTERVAL = 0.95
 
@@ -83,7 +91,7 @@ def read_plan(path: str | Path) -> Plan:
     to where the command runs, as for `geolora train`.
 
     Raises:
-        SettingError: an unknown key, a value of another type, or a run that could not start.
+        SettingError: an unknown key, a value of another type, or a key at the wrong place.
     """
     where = str(path)
     given = read_yaml(path)
@@ -114,7 +122,10 @@ def read_plan(path: str | Path) -> Plan:
             for method, method_given in methods.items():
                 here = f"{where}: methods: {method}"
                 listed, lrs = _lrs(method_given, here)
-                merged = _settings(listed, here, of_task)
+                own = _settings(listed, here, {})
+                if misplaced := [key for key in OF_TASKS if key in own]:
+                    raise SettingError(f"{here}: `{misplaced[0]}` belongs to a task.")
+                merged = {**of_task, **own}
                 merged.setdefault("method", method)
                 for lr in lrs if lrs is not None else [merged.get("lr")]:
                     folder = output / "running"
@@ -140,6 +151,8 @@ def run_all(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
         SettingError: a run on disk with other settings; nothing is changed then.
     """
     marker = plan.output / "comparison.json"
+    if plan.output.is_file():
+        raise OutputError(f"`output`: {plan.output} is a file. Choose a folder.")
     if plan.output.exists() and any(plan.output.iterdir()) and not marker.exists():
         raise OutputError(
             f"`output`: {plan.output} exists and holds no comparison. Choose another folder."
@@ -148,14 +161,13 @@ def run_all(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
     loaded = {task: split(load(config), plan.choose_on) for task, config in data.items()}
     todo = [cell for cell in plan.cells if not _done(plan, cell, loaded[cell.task][0])]
     for cell in todo:
-        check(_fresh(cell.config))
+        check(replace(cell.config, output=f"{cell.config.output}-to-be"))
     if not plan.output.exists():
         check_output(plan.output, False)
-    with writing(plan.output):
-        plan.output.mkdir(parents=True, exist_ok=True)
+    plan.output.mkdir(parents=True, exist_ok=True)
+    with writing(plan.output), alone(plan.output):
         if not marker.exists():
             write_json(marker, {})
-        shutil.rmtree(plan.output / "running", ignore_errors=True)
         say(f"{len(plan.cells)} runs, {len(plan.cells) - len(todo)} of them done")
         begun = time.perf_counter()
         for number, cell in enumerate(todo, 1):
@@ -194,19 +206,20 @@ def split(data: TextData, share: float) -> tuple[TextData, Rows]:
 
 
 def _run(cell: Cell, data: TextData, choice: Rows) -> dict[str, Any]:
-    """Train one cell; a run that diverges has no scores and says why."""
-    shutil.rmtree(cell.config.output, ignore_errors=True)
+    """Train one cell, or go on with it; a run that diverges has no scores and says why."""
+    if not unfinished(cell.config):
+        clear(cell.config.output)
     result: dict[str, Any] = {
         "settings": _stored(cell.config),
-        "data": _data_id(data),
+        "data": _inputs(cell, data),
         "failure": None,
     }
     try:
         found = train(cell.config, data, choice)
     except GradientError as error:
+        clear(cell.config.output)
         return {**result, "failure": str(error)}
-    finally:
-        shutil.rmtree(cell.config.output, ignore_errors=True)
+    clear(cell.config.output)
     return {
         **result,
         "report": {key: value for key, value in found.report.items() if key != "command"},
@@ -234,8 +247,10 @@ def _done(plan: Plan, cell: Cell, data: TextData) -> bool:
             f"{path} was run with `{key}` {settings.get(key)!r}, now it is {ours[key]!r}. "
             "Remove the file, or choose another output."
         )
-    if theirs != _data_id(data):
-        raise SettingError(f"{path} was run on other data. Remove it, or choose another output.")
+    if theirs != _inputs(cell, data):
+        raise SettingError(
+            f"{path} was run on other data or another base. Remove it, or choose another output."
+        )
     return True
 
 
@@ -248,13 +263,9 @@ def _stored(config: TrainConfig) -> dict[str, Any]:
     return {key: value for key, value in asdict(config).items() if key not in GRID[1:]}
 
 
-def _fresh(config: TrainConfig) -> TrainConfig:
-    """The same settings over a folder that does not exist, for checking them."""
-    return TrainConfig(**{**asdict(config), "output": f"{config.output}-to-be"})
-
-
-def _data_id(data: TextData) -> str:
-    return hashlib.sha256(json.dumps(asdict(data)).encode()).hexdigest()
+def _inputs(cell: Cell, data: TextData) -> str:
+    """A hash of the data and the base model of a run."""
+    return hashlib.sha256(f"{digest_of(data)} {base_id(cell.config.model)}".encode()).hexdigest()
 
 
 def _short(result: dict[str, Any]) -> str:
@@ -332,6 +343,7 @@ def summarise(
                 "seed": first["seed"],
                 "steps": [entry["step"] for entry in first["history"]],
                 "losses": [entry["loss"] for entry in first["history"]],
+                "regularised": first["settings"]["method"] == "adalora",
             }
         )
         maps.append({"task": task, "method": method, "ranks": first["report"]["ranks"]})

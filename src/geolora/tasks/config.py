@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from geolora.errors import ModelError, SettingError
+from geolora.errors import ModelError, OutputError, SettingError
 from geolora.tasks.data import nearest
 from geolora.tasks.output import check_output
 from geolora.tasks.peers import METHODS, check_method
@@ -72,28 +72,55 @@ def check(config: TrainConfig) -> None:
             raise SettingError(f"`{flag}` must be above 0; got {value}.")
     if not config.model:
         raise ModelError("`--model` must be given: a local folder or a hub name.")
-    if config.seed < 0:
-        raise SettingError(f"`--seed` must be 0 or above; got {config.seed}.")
+    if not 0 <= config.seed < 2**32:
+        raise SettingError(f"`--seed` must be 0 or above and below 2^32; got {config.seed}.")
     for flag, value in (("--lr", config.lr), ("--rest-lr", config.rest_lr)):
         if value is not None and not (value >= 0 and math.isfinite(value)):
             raise SettingError(f"`{flag}` must be a number >= 0; got {value}.")
     if not math.isfinite(config.epochs):
         raise SettingError(f"`--epochs` must be finite; got {config.epochs}.")
     check_method(config)
+    if not config.overwrite:
+        _refuse_changed(config)
     if not unfinished(config) or config.overwrite:
         check_output(config.output, config.overwrite, (config.model, config.train, config.eval))
 
 
 def unfinished(config: TrainConfig) -> bool:
     """Whether the output folder holds a run of the same settings that was stopped."""
+    saved = _stopped(config)
+    return saved is not None and not _changed(config, saved)
+
+
+def _stopped(config: TrainConfig) -> dict[str, Any] | None:
+    """Settings of the run that was stopped in the output folder, whatever they are."""
     output = Path(config.output)
+    if (output / "report.json").exists():
+        return None
     try:
         saved = json.loads((output / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
+        return None
+    return saved if isinstance(saved, dict) else None
+
+
+def _changed(config: TrainConfig, saved: dict[str, Any]) -> list[str]:
     ours = {key: value for key, value in asdict(config).items() if key != "overwrite"}
     theirs = {key: value for key, value in saved.items() if key not in ("overwrite", "data")}
-    return theirs == ours and not (output / "report.json").exists()
+    return sorted(k for k in {*ours, *theirs} if ours.get(k, ...) != theirs.get(k, ...))
+
+
+def _refuse_changed(config: TrainConfig) -> None:
+    """Raise `OutputError` where the folder holds a stopped run of other settings."""
+    saved = _stopped(config)
+    changed = _changed(config, saved) if saved else []
+    if saved and changed and changed != ["output"]:
+        flag = changed[0].replace("_", "-")
+        raise OutputError(
+            f"`--output`: {config.output} holds a stopped run with --{flag} "
+            f"{saved.get(changed[0])}, now {getattr(config, changed[0], None)}. Give the same flags "
+            "to go on, choose another folder, or add --overwrite to lose it."
+        )
 
 
 def planned_steps(config: TrainConfig, rows: int) -> int:

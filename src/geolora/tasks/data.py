@@ -6,6 +6,7 @@ import gzip
 import json
 import math
 import re
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -40,7 +41,7 @@ def read_rows(source: str | Path, flag: str) -> list[Row]:
     """
     path = Path(source)
     if not path.is_file():
-        if HUB.match(str(source)) and not str(source).endswith(SUFFIXES):
+        if HUB.match(str(source)) and not path.parent.is_dir():
             return _read_hub(str(source), flag)
         folder = path.parent if path.parent.is_dir() else Path()
         hint = nearest(path.name, [entry.name for entry in folder.iterdir()])
@@ -49,7 +50,7 @@ def read_rows(source: str | Path, flag: str) -> list[Row]:
         raise DataError(f"`{flag}` must end in {', '.join(SUFFIXES)}; got {path.name}.")
     try:
         rows = _reader_of(path, flag)(path)
-    except (ValueError, OSError, EOFError, csv.Error) as error:
+    except (ValueError, OSError, EOFError, csv.Error, zlib.error) as error:
         first = str(error).strip().splitlines()[0]
         raise DataError(f"`{flag}`: {path} cannot be read: {first}.") from error
     if not rows:

@@ -1,5 +1,7 @@
 """Peak memory of a part of a program: of the accelerator where there is one, else of the process."""
 
+import ctypes
+import gc
 import sys
 from pathlib import Path
 
@@ -11,9 +13,11 @@ def reset_peak() -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return
+    gc.collect()
     try:
+        ctypes.CDLL(None).malloc_trim(0)  # pages of earlier runs that the C library still holds
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:  # another system: the peak stays that of the whole process
+    except (OSError, AttributeError):  # another system: the peak stays that of the whole process
         return
 
 

@@ -11,23 +11,39 @@ WINDOW = 50
 def batch_order(lengths: Sequence[int], batch_size: int, steps: int, seed: int) -> list[int]:
     """Row indices of all batches of a run, steps * batch_size of them, one batch after the other.
 
-    Passes over the data follow each other without a gap: every row comes once in each. Within a
-    window of WINDOW batches rows of like length share a batch; the batches are in random order.
+    Passes over the data follow each other without a gap, each holding every row once; the last
+    rows of a pass share a batch with the first ones of the next. No batch holds a row twice where
+    there are rows enough. Within a window of WINDOW batches rows of like length share a batch, and
+    the batches are in random order.
 
     Args:
         lengths: per row, tokens or characters. steps: batches in all.
         seed: the same seed gives the same order, whatever else draws random numbers.
     """
     generator = torch.Generator().manual_seed(seed)
-    drawn: list[int] = []
-    while len(drawn) < steps * batch_size:
-        drawn += torch.randperm(len(lengths), generator=generator).tolist()
-    drawn = drawn[: steps * batch_size]
+
+    def shuffled(count: int) -> list[int]:
+        return torch.randperm(count, generator=generator).tolist()
+
     order: list[int] = []
-    for start in range(0, len(drawn), WINDOW * batch_size):
-        window = drawn[start : start + WINDOW * batch_size]
-        window.sort(key=lambda row: lengths[row])  # stable: rows of a length stay shuffled
-        batches = [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
-        for batch in torch.randperm(len(batches), generator=generator).tolist():
-            order += batches[batch]
-    return order
+    carried: list[int] = []
+    while len(order) < steps * batch_size:
+        rows = shuffled(len(lengths))
+        if len(rows) < batch_size:
+            order += rows
+            continue
+        if carried:
+            before = set(carried)
+            first = [row for row in rows if row not in before][: batch_size - len(carried)]
+            order += carried + first
+            taken = set(first)
+            rows = [row for row in rows if row not in taken]
+        whole = len(rows) // batch_size * batch_size
+        rows, carried = rows[:whole], rows[whole:]
+        for start in range(0, whole, WINDOW * batch_size):
+            window = rows[start : start + WINDOW * batch_size]
+            window.sort(key=lambda row: lengths[row])  # stable: rows of a length stay shuffled
+            batches = [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
+            for batch in shuffled(len(batches)):
+                order += batches[batch]
+    return order[: steps * batch_size]

@@ -11,6 +11,7 @@ from pathlib import Path
 from geolora.errors import OutputError
 
 OS_ERROR = re.compile(r"os error (\d+)")
+LOCK = ".lock"
 OURS = ("run.json", "demo.json", "adapter_config.json")
 
 
@@ -61,6 +62,29 @@ def clear(output: str | Path) -> None:
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_RIGHT = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process, where the system can (not on Windows).
+
+    Raises:
+        OutputError: another process works in it.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with (folder / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise OutputError(
+                f"`--output`: another process works in {folder}. Wait for it, or choose another."
+            ) from error
+        yield
+        (folder / LOCK).unlink(missing_ok=True)
 
 
 @contextmanager

@@ -9,14 +9,14 @@ Everything but GeoLoRA is PEFT's own code, called and not rewritten:
 | dora               | LoRA and a magnitude per row of W                                   | arXiv 2402.09353 |
 | pissa              | LoRA from the leading singular vectors of W0 (exact SVD)            | arXiv 2404.02948 |
 | eva                | LoRA from the principal directions of the activations, ranks shared | arXiv 2410.07170 |
-| adalora            | three factors, importance-driven ranks; --rank is its first rank    | arXiv 2303.10512 |
+| adalora            | three factors, importance-driven ranks; from --rank to 2/3 of it    | arXiv 2303.10512 |
 | riemannian         | LoRA, gradients preconditioned by (B^T B)^-1 and (A A^T)^-1, AdamW  | arXiv 2402.02347 |
 | lora-then-truncate | LoRA, then `convert_to_lora` down to --budget parameters            |                  |
 """
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,14 +37,19 @@ METHODS = (
     "geolora", "lora", "rslora", "dora", "pissa", "eva", "adalora", "riemannian",
     "lora-then-truncate",
 )  # fmt: skip
-TAKES_BUDGET = ("geolora", "adalora", "lora-then-truncate")
+TAKES_BUDGET = ("geolora", "lora-then-truncate")
 OWN_START = ("pissa", "eva", "adalora")
+CAN_RESUME = tuple(method for method in METHODS if method != "adalora")
+EVA_BATCHES = 64
+"""Batches EVA's start may look at; it stops by itself when its directions are stable."""
 SETTLE = 0.9
 """Share of the steps after which GeoLoRA's ranks are judged a last time and then kept."""
 ADALORA_WARMUP, ADALORA_FINAL = 0.1, 0.4
 """Shares of the steps before AdaLoRA's ranks fall and after they are final: PEFT has no default
 that works (0 and 0: the final mask is then never made), the paper's GLUE runs are near these."""
 TRUNCATED = "truncated"
+Batches = Callable[[int, int], list[Any]]
+"""(rows per batch, number) -> tokenised training batches, fewer where the data ends."""
 
 
 @dataclass(frozen=True)
@@ -77,21 +82,23 @@ def check_method(config: "TrainConfig") -> None:
         raise SettingError(f"`--start-rank` belongs to --method geolora; got {method}.")
     if config.init != "default" and method in OWN_START:
         raise SettingError(f"`--init` must be default with {method}, which has its own start.")
-    if config.save_every is not None and method == "adalora":
+    if config.rank < 2 and method == "adalora":
+        raise SettingError("`--rank` must be 2 or more with adalora, which cuts it to two thirds.")
+    if config.save_every is not None and method not in CAN_RESUME:
         raise SettingError(
-            "`--save-every` cannot be used with adalora: PEFT keeps its importance scores outside "
+            f"`--save-every` cannot be used with {method}: PEFT keeps its importance scores outside "
             "every checkpoint. Leave it out."
         )
 
 
 def add_adapter(
-    model: nn.Module, config: "TrainConfig", new: list[str], total: int, batches: Iterable[Any]
+    model: nn.Module, config: "TrainConfig", new: list[str], total: int, batches: Batches
 ) -> Any:
     """A PeftModel with the method's adapter on all linear layers.
 
     Args:
         new: names of modules that are trained whole and saved (heads).
-        total: steps of the run. batches: tokenised training batches, for EVA's start.
+        total: steps of the run. batches: gives tokenised training batches of a size, for EVA.
 
     Raises:
         SettingError: a rank or budget that does not fit the model.
@@ -108,7 +115,7 @@ def add_adapter(
         lora: Any = AdaLoraConfig(
             **common,
             init_r=config.rank,
-            target_r=_adalora_target(model, config, new),
+            target_r=round(config.rank * 2 / 3),  # as PEFT's defaults, 12 and 8
             tinit=round(ADALORA_WARMUP * total),
             tfinal=round(ADALORA_FINAL * total),
             total_step=total,
@@ -129,7 +136,7 @@ def add_adapter(
         peft_model = get_peft_model(model, lora)
     peft_model.peft_config["default"].task_type = TaskType.SEQ_CLS
     if config.method == "eva":
-        _eva_start(peft_model, batches)
+        _eva_start(peft_model, config, batches)
     if config.method not in ("dora", "adalora"):
         find_pairs(peft_model)
     return peft_model
@@ -251,10 +258,10 @@ def _save_converted(model: Any, folder: Path, start: Path) -> None:
 
 
 def truncate(model: Any, budget: int) -> None:
-    """Replace a LoRA adapter by its best approximation of at most `budget` parameters.
+    """Cut a LoRA adapter to at most `budget` parameters by PEFT's `convert_to_lora`.
 
-    PEFT's `convert_to_lora` with an energy threshold: in every layer the leading singular values
-    that hold this share of the energy. The threshold is the largest within the budget.
+    Its rule is an energy threshold: every layer keeps the leading singular values that hold this
+    share of its energy. The threshold is the largest one within the budget.
 
     Raises:
         SettingError: a budget below one direction in every layer.
@@ -293,9 +300,13 @@ def truncate(model: Any, budget: int) -> None:
     model.set_adapter(TRUNCATED)
 
 
-def _eva_start(model: Any, batches: Iterable[Any]) -> None:
-    """PEFT's EVA: A from the activations of some batches, ranks shared out over the layers."""
-    from peft import initialize_lora_eva_weights
+def _eva_start(model: Any, config: "TrainConfig", batches: Batches) -> None:
+    """PEFT's EVA: A from the activations of some batches, ranks shared out over the layers.
+
+    A layer that sees one vector per row (a pooler) needs a batch of rho * rank rows, or PEFT waits
+    for it for ever.
+    """
+    from peft import EvaConfig, initialize_lora_eva_weights
     from peft.tuners.lora.eva import prepare_layer_inputs_fn_language_modeling as of_tokens
 
     def of_layer(layer_input: Any, model_input: Any, layer_name: str) -> torch.Tensor:
@@ -308,30 +319,14 @@ def _eva_start(model: Any, batches: Iterable[Any]) -> None:
         )
 
     # labels per row, not per token: they are no mask
-    inputs = [{k: v for k, v in batch.items() if k != "labels"} for batch in batches]
+    rows = max(config.batch_size, math.ceil(EvaConfig().rho * config.rank))
+    found = batches(rows, EVA_BATCHES)
+    if len(found) < 1:
+        raise SettingError(f"`--rank` {config.rank} with eva needs {rows} training rows or more.")
+    inputs = [{k: v for k, v in batch.items() if k != "labels"} for batch in found]
     initialize_lora_eva_weights(
         model, inputs, prepare_layer_inputs_fn=of_layer, show_progress_bar=False
     )
-
-
-def _adalora_target(model: nn.Module, config: "TrainConfig", new: list[str]) -> int:
-    """AdaLoRA's mean rank in the end: what the budget holds, or two thirds of --rank (PEFT's 12: 8)."""
-    if config.budget is None:
-        return max(1, round(config.rank * 2 / 3))
-    from transformers.pytorch_utils import Conv1D
-
-    linear = [
-        module.weight
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and name not in new
-    ]
-    cost = sum(sum(weight.shape) for weight in linear)
-    if config.budget < cost:
-        raise SettingError(
-            f"`--budget` must hold one direction in every layer, {cost} parameters; got "
-            f"{config.budget}."
-        )
-    return min(config.rank, config.budget // cost)
 
 
 def _adalora_rank(layer: Any) -> int:

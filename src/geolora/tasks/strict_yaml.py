@@ -22,21 +22,23 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         SettingError: missing, not YAML, not a mapping, a key given twice, or an object tag.
     """
     import yaml
+    from yaml.composer import ComposerError
 
     class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            seen: set[Any] = set()
-            for key_node, _ in node.value:
-                if key_node.tag == "tag:yaml.org,2002:merge":  # <<: what is given here wins
-                    continue
-                key = self.construct_object(key_node, deep=True)
-                if not isinstance(key, str | int | float):
-                    raise yaml.constructor.ConstructorError(None, None, "a key is no plain word")
-                if key in seen:
-                    line = key_node.start_mark.line + 1
-                    raise SettingError(f"{path}: `{key}` is given twice (line {line}). Remove one.")
-                seen.add(key)
-            return super().construct_mapping(node, deep)
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            """The mapping as it is written, before anything is merged into it."""
+            node = super().compose_mapping_node(anchor)
+            seen: set[str] = set()
+            for key, _ in node.value:
+                if not isinstance(key, yaml.ScalarNode):
+                    raise ComposerError(None, None, "a key is no plain word", key.start_mark)
+                if key.value in seen:
+                    line = key.start_mark.line + 1
+                    raise SettingError(
+                        f"{path}: `{key.value}` is given twice (line {line}). Remove one."
+                    )
+                seen.add(key.value)
+            return node
 
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789."))
     try:
@@ -45,7 +47,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise SettingError(f"{path} cannot be read: {error}.") from error
     try:
         found = yaml.load(text, Loader)
-    except yaml.YAMLError as error:
+    except SettingError:
+        raise
+    except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         at = f" in line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "cannot be parsed"

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import shutil
 import statistics
 import sys
@@ -9,7 +10,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,16 +17,17 @@ import torch
 from torch.utils.data import Subset
 
 from geolora import __version__
-from geolora.errors import DataError, ModelError, SettingError
-from geolora.tasks.checkpoints import Stopped, checkpoint_callback, latest, write_json
+from geolora.errors import DataError, DivergedError, ModelError, SettingError
+from geolora.tasks.checkpoints import Stopped, checkpoint_callback, flush, latest, write_json
 from geolora.tasks.config import TrainConfig, check, planned_steps, unfinished
 from geolora.tasks.data import class_names, numbers, read_rows, texts
 from geolora.tasks.data import column as column_of
 from geolora.tasks.memory import peak_bytes, reset_peak
 from geolora.tasks.metrics import score
 from geolora.tasks.order import batch_order
-from geolora.tasks.output import clear, writing
+from geolora.tasks.output import alone, clear, writing
 from geolora.tasks.peers import (
+    CAN_RESUME,
     add_adapter,
     callbacks_of,
     finish,
@@ -37,8 +38,8 @@ from geolora.tasks.peers import (
 from geolora.trainer import progress_callback
 
 WARMUP = 0.06
-EVA_BATCHES = 64
-"""Batches EVA's start may look at; it stops by itself when its directions are stable."""
+SECONDS = "seconds.json"
+"""Seconds of every step so far, in a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,9 @@ def load(config: TrainConfig) -> TextData:
     sides = {}
     for flag, path in (("--train", config.train), ("--eval", config.eval)):
         if not path:
-            raise DataError(f"`{flag}` must be given: a .jsonl, .jsonl.gz or .csv file.")
+            raise DataError(f"`{flag}` must be given: a file of rows, or a hub set.")
         rows = read_rows(path, flag)
-        if flag == "--train" and config.train_rows is not None:
+        if flag == "--train":
             rows = rows[: config.train_rows]
         columns = [texts(rows, config.text, "--text", Path(path).name)]
         if config.text_pair:
@@ -138,7 +139,8 @@ def train(config: TrainConfig, data: TextData, choice: Rows | None = None) -> Ou
 
     Raises:
         Stopped: it was asked to stop, and has saved a checkpoint.
-        OutputError: the disk is full, or a file cannot be written.
+        DivergedError: the loss or the trained weights are no longer finite.
+        OutputError: the disk is full, a file cannot be written, or another process works there.
     """
     check(config)
     from transformers import DataCollatorWithPadding, Trainer, set_seed
@@ -151,53 +153,65 @@ def train(config: TrainConfig, data: TextData, choice: Rows | None = None) -> Ou
     lengths = [len(row["input_ids"]) for row in rows]
     order = batch_order(lengths, config.batch_size, total, config.seed)
     collate = DataCollatorWithPadding(tokenizer)
-    batches = (
-        collate([rows[i] for i in order[at : at + config.batch_size]])
-        for at in range(0, min(len(order), EVA_BATCHES * config.batch_size), config.batch_size)
-    )
+
+    def batches(size: int, number: int) -> list[Any]:
+        starts = range(0, min(len(order), number * size) - size + 1, size)
+        return [collate([rows[i] for i in order[at : at + size]]) for at in starts]
+
     optimizer = optimizer_of(config, total)
     model = add_adapter(model, config, new, total, batches)
     # building one now finds unusable settings before anything is written
     optimizer[0]()(model, **optimizer[1])
 
-    output = Path(config.output)
-    run_id = _identity(config, data)
+    output, data_id = Path(config.output), digest_of(data)
+    run_id = _identity(config, data_id)
     with writing(output):
-        resume = None if config.overwrite else _checkpoint(config, data, run_id)
+        resume = None if config.overwrite else _checkpoint(config, data_id, run_id)
         if resume is None:
             clear(output)
         output.mkdir(parents=True, exist_ok=True)
-        write_json(output / "run.json", {**asdict(config), "data": _digest(data)})
+    with writing(output), alone(output):
+        write_json(output / "run.json", {**asdict(config), "data": data_id})
         keep_start(model, config, output / "start")
 
-        clock, checkpoints = _clock(), checkpoint_callback(run_id)
+        clock = _clock(resume)
+        checkpoints = checkpoint_callback(run_id, config.method in CAN_RESUME)
         trainer = Trainer(
             model=model,
             args=_arguments(config, total),
             train_dataset=Subset(rows, order),  # pyright: ignore[reportArgumentType]
             data_collator=collate,
             optimizer_cls_and_kwargs=optimizer,
-            callbacks=[progress_callback(), clock, checkpoints, *callbacks_of(model, config)],
+            callbacks=[progress_callback(), clock, *callbacks_of(model, config), checkpoints],
         )
         _only_our_bar(trainer)
-        start = time.perf_counter()
         try:
             trainer.train(resume_from_checkpoint=resume and str(resume))
+        except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
+            raise _diverged(trainer) from error
         finally:
             checkpoints.give_back()
-        seconds = time.perf_counter() - start
+        history = [entry for entry in trainer.state.log_history if "loss" in entry]
+        trained = [p for p in model.parameters() if p.requires_grad]
+        losses = [entry["loss"] for entry in history[-1:]]
+        if not all(map(math.isfinite, losses)) or not all(
+            bool(p.isfinite().all()) for p in trained
+        ):
+            raise _diverged(trainer)
         if checkpoints.stopped is not None:
-            raise Stopped(
-                f"stopped after step {checkpoints.stopped} of {total}, which is saved in {output}. "
-                "The same command goes on from there."
-            )
+            raise Stopped(_how_to_go_on(config, checkpoints.stopped, total))
+        trainable = sum(p.numel() for p in trained)
         finish(model, config)
-        kept = save(model, config, output / "adapter", output / "start")
-        tokenizer.save_pretrained(output / "adapter")
+        partial = output / "adapter.partial"
+        clear(partial)
+        kept = save(model, config, partial, output / "start")
+        tokenizer.save_pretrained(partial)
+        flush(partial)
+        clear(output / "adapter")
+        partial.rename(output / "adapter")
 
         metric = "accuracy" if data.names else "pearson"
         predictions = _predict(trainer, _encode(tokenizer, data.held_out, data.held_out_labels))
-        history = [entry for entry in trainer.state.log_history if "loss" in entry]
         report = {
             "method": config.method,
             "task": config.task,
@@ -205,9 +219,9 @@ def train(config: TrainConfig, data: TextData, choice: Rows | None = None) -> Ou
             "value": score(metric, predictions, data.held_out_labels),
             "train_loss": _last_tenth(history),
             "steps": total,
-            "seconds": seconds,
-            "seconds_per_step": clock.median(),
-            "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "seconds": sum(clock.seconds),
+            "seconds_per_step": statistics.median(clock.seconds),
+            "trainable_parameters": trainable,
             "adapter_parameters": kept.adapter_parameters,
             "exported_parameters": kept.exported_parameters,
             "ranks": kept.ranks,
@@ -227,6 +241,24 @@ def train(config: TrainConfig, data: TextData, choice: Rows | None = None) -> Ou
         for leftover in ("checkpoints", "start"):
             shutil.rmtree(output / leftover, ignore_errors=True)
     return Outcome(report, history, predictions, chosen_on)
+
+
+def _diverged(trainer: Any) -> DivergedError:
+    return DivergedError(
+        f"training diverged: after step {trainer.state.global_step} the loss or the trained weights "
+        "are not finite. Lower `--lr`."
+    )
+
+
+def _how_to_go_on(config: TrainConfig, step: int, total: int) -> str:
+    """What to say when a run was asked to stop."""
+    if config.method not in CAN_RESUME:
+        return f"stopped after step {step} of {total}; {config.method} can only start again."
+    command = "The same command without --overwrite" if config.overwrite else "The same command"
+    return (
+        f"stopped after step {step} of {total}, which is saved in {config.output}. {command} goes on "
+        "from there."
+    )
 
 
 def versions() -> dict[str, str]:
@@ -309,7 +341,6 @@ def _arguments(config: TrainConfig, total: int) -> Any:
         logging_nan_inf_filter=False,
         save_strategy="steps" if config.save_every else "no",
         save_steps=config.save_every or total,
-        save_total_limit=2,
         seed=config.seed,
         report_to="none",
         use_cpu=torch.backends.mps.is_available(),  # MPS has no float64
@@ -345,34 +376,42 @@ def _predict(trainer: Any, rows: list[dict[str, Any]]) -> list[Any]:
     return result
 
 
-def _clock() -> Any:
-    """A Trainer callback that takes the time of every step."""
+def _clock(resume: Path | None) -> Any:
+    """A Trainer callback that takes the seconds of every step, and keeps them in checkpoints.
+
+    Args:
+        resume: the checkpoint that is gone on from.
+    """
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
         def __init__(self) -> None:
-            self.marks: list[float] = []
+            self.seconds: list[float] = []
+            if resume is not None:
+                self.seconds = json.loads((resume / SECONDS).read_text(encoding="utf-8"))
+            self.last = 0.0
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-            self.marks.append(time.perf_counter())
+            self.last = time.perf_counter()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-            self.marks.append(time.perf_counter())
+            now = time.perf_counter()
+            self.seconds.append(now - self.last)
+            self.last = now
 
-        def median(self) -> float:
-            """Median seconds from one step's end to the next; 0 where there was no step."""
-            steps = [after - before for before, after in pairwise(self.marks)]
-            return statistics.median(steps) if steps else 0.0
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            write_json(folder / SECONDS, self.seconds, indent=None)
 
     return Clock()
 
 
-def _checkpoint(config: TrainConfig, data: TextData, run_id: str) -> Path | None:
+def _checkpoint(config: TrainConfig, data_id: str, run_id: str) -> Path | None:
     """The last whole checkpoint of an unfinished run over the same data."""
     if not unfinished(config):
         return None
     saved = json.loads((Path(config.output) / "run.json").read_text(encoding="utf-8"))
-    if saved.get("data") != _digest(data):
+    if saved.get("data") != data_id:
         raise DataError(
             f"`--output`: {config.output} holds an unfinished run of the same flags over other data. "
             "Choose another folder, or add --overwrite."
@@ -380,20 +419,36 @@ def _checkpoint(config: TrainConfig, data: TextData, run_id: str) -> Path | None
     return latest(Path(config.output) / "checkpoints", run_id)
 
 
-def _identity(config: TrainConfig, data: TextData) -> str:
-    """A hash of the settings and the data of a run; where it writes to does not matter."""
+def _identity(config: TrainConfig, data_id: str) -> str:
+    """A hash of the settings, data and base of a run; where it writes to does not matter."""
     settings = {k: v for k, v in asdict(config).items() if k not in ("output", "overwrite")}
-    text = json.dumps([settings, _digest(data)])
+    text = json.dumps([settings, data_id, base_id(config.model)])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _digest(data: TextData) -> str:
+def digest_of(data: TextData) -> str:
     """A hash of everything that is learnt from and scored on."""
     return hashlib.sha256(json.dumps(asdict(data)).encode()).hexdigest()
 
 
+def base_id(model: str) -> str:
+    """What tells one local model folder from another: sizes of its files, and how they begin.
+
+    A hub name stands for itself.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        return model
+    found = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        found.update(f"{path.name} {path.stat().st_size} ".encode())
+        with path.open("rb") as file:
+            found.update(file.read(1 << 20))
+    return found.hexdigest()
+
+
 def _last_tenth(history: list[dict[str, Any]]) -> float:
-    """Mean training loss over the last tenth of the logged steps."""
+    """Mean training loss over the last tenth of the logged steps, without any that was skipped."""
     losses = [entry["loss"] for entry in history]
-    tail = losses[-max(1, len(losses) // 10) :]
+    tail = [loss for loss in losses[-max(1, len(losses) // 10) :] if math.isfinite(loss)]
     return sum(tail) / len(tail) if tail else float("nan")
