@@ -145,12 +145,10 @@ def test_eva_sees_rows_enough_for_a_pooler(model: Path, data: task.TextData) -> 
 
 
 @pytest.mark.filterwarnings("ignore:.*(overflow|invalid value).*:RuntimeWarning")
-@pytest.mark.parametrize("method", ["lora", "dora", "eva", "riemannian", "adalora"])
+@pytest.mark.parametrize("method", ["lora", "eva", "riemannian", "adalora"])
 def test_a_peer_that_diverges_is_an_error(model: Path, data: task.TextData, method: str) -> None:
     output = model.parent / f"diverged-{method}"
-    # DoRA's directions are normalised: at 1e30 it stays finite
-    lr = 1e20 if method == "dora" else 1e30
-    config = settings(model, method, lr=lr, max_steps=12, output=str(output))
+    config = settings(model, method, lr=1e30, max_steps=12, output=str(output))
     with pytest.raises(DivergedError, match="training diverged: after step .* Lower `--lr`"):
         task.train(config, data)
     assert not (output / "report.json").exists()

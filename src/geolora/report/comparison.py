@@ -1,12 +1,11 @@
 """Table and figures of a comparison, drawn from its comparison.json; no number is computed here."""
 
 import json
-import math
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from geolora.report.figures import rank_table
+from geolora.report.figures import can_draw, draw_map
+from geolora.report.layout import rank_table
 
 COLUMNS = (
     "task", "method", "lr", "score", "spread", "difference [95 %]", "parameters", "in the file",
@@ -43,7 +42,7 @@ def figures(folder: str | Path) -> list[Path]:
     Returns:
         Their paths; none where matplotlib is not installed.
     """
-    if find_spec("matplotlib") is None:
+    if not can_draw():
         return []
     folder = Path(folder)
     summary = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
@@ -197,44 +196,30 @@ def _rank_maps(summary: dict[str, Any]) -> Any:
 
     tasks = list(dict.fromkeys(entry["task"] for entry in summary["maps"]))
     methods = list(dict.fromkeys(entry["method"] for entry in summary["maps"]))
-    laid = {
-        (entry["task"], entry["method"]): rank_table(entry["ranks"]) for entry in summary["maps"]
-    }
-    if not laid:
+    maps = {(entry["task"], entry["method"]): entry["ranks"] for entry in summary["maps"]}
+    if not maps:
         return Figure()
-    kinds = max(len(kinds) for kinds, _, _ in laid.values())
-    depths = max(len(depths) for _, depths, _ in laid.values())
-    figure = Figure(
-        figsize=(2.6 + len(methods) * (0.8 + 0.36 * depths), len(tasks) * (1.0 + 0.32 * kinds)),
-        layout="constrained",
+    tables = [rank_table(ranks) for ranks in maps.values()]
+    kinds = max(len(kinds) for kinds, _, _ in tables)
+    depths = max(len(depths) for _, depths, _ in tables)
+    names = 0.08 * max(len(kind) for kinds, _, _ in tables for kind in kinds)
+    size = (
+        1.4 + names + len(methods) * (0.3 + 0.4 * depths),
+        0.4 + len(tasks) * (0.9 + 0.36 * kinds),
     )
+    figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(len(tasks), len(methods), squeeze=False)
-    top = max(max(entry["ranks"].values()) for entry in summary["maps"])
-    image = None
+    top = max(1, *(rank for ranks in maps.values() for rank in ranks.values()))
+    image: Any = None
     for y, task in enumerate(tasks):
         for x, method in enumerate(methods):
             panel = grid[y][x]
-            if (task, method) not in laid:
+            if (task, method) not in maps:
                 panel.set_axis_off()
                 continue
-            names, columns, cells = laid[task, method]
-            image = panel.imshow(
-                [[math.nan if value is None else value for value in row] for row in cells],
-                vmin=0,
-                vmax=top,
-                cmap="viridis",
-                aspect="auto",
-            )
-            for i, row in enumerate(cells):
-                for j, value in enumerate(row):
-                    if value is not None:
-                        color = "w" if value < 0.6 * top else "k"
-                        panel.text(
-                            j, i, str(value), ha="center", va="center", fontsize=7, color=color
-                        )
-            panel.set_title(f"{task}: {method}", fontsize="small")
-            panel.set_xticks(range(len(columns)), columns, fontsize=7)
-            panel.set_yticks(range(len(names)), names if x == 0 else [""] * len(names), fontsize=7)
-    if image is not None:
-        figure.colorbar(image, ax=grid, label="rank", shrink=0.8)
+            image = draw_map(panel, maps[task, method], top)
+            panel.set_title(f"{task}: {method}", fontsize="medium")
+            if x > 0:
+                panel.set_yticklabels([])
+    figure.colorbar(image, ax=grid, label="rank", shrink=0.8)
     return figure

@@ -39,7 +39,7 @@ def rank_map(folder: str | Path) -> Path | None:
     width = 2.0 + 0.09 * max(map(len, kinds)) + 0.55 * len(depths)
     figure = Figure(figsize=(width, 1.6 + 0.4 * len(kinds)), layout="constrained")
     axes = figure.subplots()
-    image = _draw_map(axes, report["ranks"], max(report["ranks"].values()))
+    image = draw_map(axes, report["ranks"], max(report["ranks"].values()))
     axes.set_title(
         f"ranks found by {report['method']}: {report['adapter_parameters']:,} parameters, "
         f"{report['metric']} {report['value']:.3f}",
@@ -65,7 +65,7 @@ def adapter_figures(rows: list[dict[str, Any]], folder: Path, judged: str) -> li
     return paths
 
 
-def _draw_map(axes: Any, ranks: dict[str, int], top: int) -> Any:
+def draw_map(axes: Any, ranks: dict[str, int], top: int) -> Any:
     """The ranks of layers as coloured cells with their numbers; returns the image."""
     kinds, depths, table = rank_table(ranks)
     image = axes.imshow(
@@ -107,7 +107,7 @@ def _rank_change(rows: list[dict[str, Any]], judged: str) -> Any:
     top = max(1, *maps["rank now"].values())
     for axes, (title, ranks) in zip(panels, maps.items(), strict=True):
         axes.set_title(title, fontsize="medium")
-        _draw_map(axes, ranks, top)
+        draw_map(axes, ranks, top)
     figure.colorbar(panels[0].images[0], ax=panels, label="rank", ticks=MaxNLocator(integer=True))
     return figure
 
