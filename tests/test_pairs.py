@@ -191,3 +191,18 @@ def test_pairs_of_mixed_dtypes_train_each_in_its_own() -> None:
         assert pair.B.dtype == old.dtype
         assert pair.B.isfinite().all()
         assert not torch.equal(pair.B, old)
+
+
+def test_names_are_the_same_under_ddp_and_compile() -> None:
+    class Wrapper(nn.Module):
+        def __init__(self, inner: nn.Module, name: str) -> None:
+            super().__init__()
+            setattr(self, name, inner)
+
+    model = lora_net()
+    names = [pair.name for pair in find_pairs(model)]
+    for wrapped in (
+        Wrapper(model, "module"),
+        Wrapper(Wrapper(model, "_orig_mod"), "module"),
+    ):
+        assert [pair.name for pair in find_pairs(wrapped)] == names

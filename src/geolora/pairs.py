@@ -19,6 +19,7 @@ With `adapter.py`, `folders.py` and `saved.py` what knows PEFT; `tasks/peers.py`
 | one of the two factors frozen                             | refused                          |
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,8 @@ from torch import nn
 from geolora.errors import BudgetError, PairingError, SettingError, SetupError, at_most_three
 
 PREFIX = "base_model.model."
+WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")
+"""What DistributedDataParallel and torch.compile put before a name."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            yield name.removeprefix(PREFIX), module
+            yield WRAPPERS.sub("", name).removeprefix(PREFIX), module
 
 
 def adapter_of(model: nn.Module, adapter_name: str | None = None) -> str:
@@ -178,8 +181,8 @@ def refuse_frozen(pairs: list[Pair]) -> None:
         if frozen:
             raise PairingError(
                 f"geolora: both factors of `{pair.name}` must be trainable; {' and '.join(frozen)} "
-                "frozen. Unfreeze (PeftModel.from_pretrained(..., is_trainable=True)), or use an "
-                "ordinary optimizer."
+                "frozen. Make the adapter active (model.set_adapter) or load it with "
+                "is_trainable=True."
             )
 
 
