@@ -12,7 +12,7 @@ from record import FIGURES, write
 from torch import Tensor
 
 from geolora.kernels.tangent import norm, project
-from geolora.methods.geolora import Point, step
+from geolora.methods.geolora import Momentum, Point, step
 
 STEPS = 300
 LR = 0.1
@@ -45,15 +45,16 @@ def simultaneous(start: float) -> dict[str, list[float]]:
 def geometric(start: float, slots: int) -> dict[str, list[float]]:
     """GeoLoRA with at most `slots` directions."""
     wanted, u, v = problem()
-    U, V = (torch.nn.functional.pad(x, (0, slots - 1)) for x in (u, v))
-    sigma = torch.nn.functional.pad(torch.tensor([start], dtype=torch.float64), (0, slots - 1))
+    sigma = torch.tensor([start], dtype=torch.float64)
+    U, sigma, V = (torch.nn.functional.pad(x, (0, slots - 1))[None] for x in (u, sigma, v))
+    lr, cap = torch.tensor([LR], dtype=torch.float64), torch.tensor([slots])
     point, errors, tangents = Point(U, sigma, V), [], []
     for _ in range(STEPS):
         G = (point.U * point.sigma) @ point.V.mT - wanted
         K, L = project(G, point.U, point.V)
         tangents.append(float(norm(K, L, point.U)))
         errors.append(float(G.norm()))
-        point = step(point, K, L, LR, torch.tensor(slots))
+        ((point, _),) = step([point], [Momentum(K, L)], lr, cap)
     return {"error": errors, "tangent_gradient": tangents}
 
 
