@@ -9,9 +9,11 @@ import torch
 from geolora.errors import NonFiniteGradientError, OutputError, SettingError
 from geolora.report.comparison import table
 from geolora.tasks import comparison
-from geolora.tasks.comparison import Cell, read_plan, run_all, split, summarise
+from geolora.tasks.comparison import run_all, split
 from geolora.tasks.config import TrainConfig
 from geolora.tasks.output import alone, clear
+from geolora.tasks.plan import Cell, read_plan
+from geolora.tasks.summary import summarise
 from geolora.tasks.text_classification import Outcome, TextData
 from models import reviews
 

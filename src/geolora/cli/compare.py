@@ -29,8 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Run what is missing, and print the table."""
     from geolora.report.comparison import figures, table
-    from geolora.tasks.comparison import read_plan, run_all
+    from geolora.tasks.comparison import run_all
     from geolora.tasks.output import writing
+    from geolora.tasks.plan import read_plan
 
     plan = read_plan(arguments.config)
     summary = run_all(plan, lambda line: print(line, flush=True))
