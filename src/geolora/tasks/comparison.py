@@ -70,6 +70,7 @@ def run_all(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
             path = _file(plan, cell)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, result, indent=None)
+            clear(cell.config.output)  # only now: a run that is not on file must not be lost
             left = (time.perf_counter() - begun) / number * (len(todo) - number)
             say(f"{number}/{len(todo)}  {cell.name}  {_short(result)}; {left / 60:.0f} min left")
         results = [(cell, json.loads(_file(plan, cell).read_text())) for cell in plan.cells]
@@ -112,9 +113,7 @@ def _run(cell: Cell, data: TextData, choice: Rows) -> dict[str, Any]:
     try:
         found = train(cell.config, data, choice)
     except GradientError as error:
-        clear(cell.config.output)
         return {**result, "failure": str(error)}
-    clear(cell.config.output)
     return {
         **result,
         "report": {key: value for key, value in found.report.items() if key != "command"},
