@@ -20,7 +20,18 @@ def test_pearson_is_numpys() -> None:
     assert score("pearson", [1.0] * 6, LABELS) == 0.0
 
 
-@pytest.mark.parametrize("metric, predictions", [("accuracy", CLASSES), ("pearson", NUMBERS)])
+def test_matthews_is_the_correlation_of_two_classes() -> None:
+    labels, predictions = [0, 1, 1, 0, 1, 1], [0, 1, 0, 1, 1, 1]
+    wanted = np.corrcoef(predictions, labels)[0, 1]
+    assert score("matthews", predictions, labels) == pytest.approx(wanted)
+    assert score("matthews", [1] * 6, labels) == 0.0
+    # 4 of 6 right, classes 2, 3, 1 on both sides: (6 * 4 - 14) / (36 - 14)
+    assert score("matthews", CLASSES, LABELS) == pytest.approx(10 / 22)
+
+
+@pytest.mark.parametrize(
+    "metric, predictions", [("accuracy", CLASSES), ("matthews", CLASSES), ("pearson", NUMBERS)]
+)
 def test_weights_count_rows(metric: str, predictions: list) -> None:
     weights = torch.tensor([[1, 2, 0, 1, 3, 1], [1, 1, 1, 1, 1, 1]], dtype=torch.float64)
     found = METRICS[metric](torch.tensor(predictions), torch.tensor(LABELS), weights)

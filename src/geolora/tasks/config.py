@@ -8,10 +8,11 @@ from typing import Any
 
 from geolora.errors import ModelError, OutputError, SettingError
 from geolora.tasks.data import nearest
+from geolora.tasks.metrics import METRICS, METRICS_OF
 from geolora.tasks.output import check_output
 from geolora.tasks.peers import METHODS, check_method
 
-TASKS = ("text-classification", "text-regression")
+TASKS = tuple(METRICS_OF)
 INITS = ("default", "gaussian")
 
 
@@ -33,6 +34,9 @@ class TrainConfig:
     text: str = _flag("text", "column of the text")
     text_pair: str | None = _flag(None, "column of a second text, for pairs")
     label: str = _flag("label", "column of the class or number")
+    metric: str | None = _flag(
+        None, "score of the evaluation rows; accuracy or pearson if not given", tuple(METRICS)
+    )
     method: str = _flag("geolora", "how the adapter is trained, all but geolora by PEFT", METHODS)
     init: str = _flag("default", "PEFT's start of A (B is 0)", INITS)
     rank: int = _flag(16, "physical width r of every pair: the most a layer can use")
@@ -62,14 +66,15 @@ def check(config: TrainConfig) -> None:
     for spec in fields(config):
         value, choices = getattr(config, spec.name), spec.metadata["choices"]
         flag = f"--{spec.name.replace('_', '-')}"
-        if choices and value not in choices:
+        unbounded = spec.name in ("seed", "tail", "lr", "rest_lr")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if number and not unbounded and not value > 0:
+            raise SettingError(f"`{flag}` must be above 0; got {value}.")
+        if choices and value not in (None, *choices):
             known = ", ".join(choices)
             raise SettingError(
-                f"`{flag}` must be one of {known}; got {value}.{nearest(value, choices)}"
+                f"`{flag}` must be one of {known}; got {value}.{nearest(str(value), choices)}"
             )
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if number and spec.name not in ("seed", "tail", "lr", "rest_lr") and not value > 0:
-            raise SettingError(f"`{flag}` must be above 0; got {value}.")
     if not config.model:
         raise ModelError("`--model` must be given: a local folder or a hub name.")
     if not 0 <= config.seed < 2**32:
@@ -79,6 +84,11 @@ def check(config: TrainConfig) -> None:
             raise SettingError(f"`{flag}` must be a number >= 0; got {value}.")
     if not math.isfinite(config.epochs):
         raise SettingError(f"`--epochs` must be finite; got {config.epochs}.")
+    if config.metric not in (None, *METRICS_OF[config.task]):
+        raise SettingError(
+            f"`--metric` must be one of {', '.join(METRICS_OF[config.task])} for {config.task}; "
+            f"got {config.metric}."
+        )
     check_method(config)
     if not config.overwrite:
         _refuse_changed(config)

@@ -23,7 +23,7 @@ from geolora.tasks.config import TrainConfig, check, planned_steps, unfinished
 from geolora.tasks.data import class_names, numbers, read_rows, texts
 from geolora.tasks.data import column as column_of
 from geolora.tasks.memory import peak_bytes, reset_peak
-from geolora.tasks.metrics import score
+from geolora.tasks.metrics import METRICS_OF, score
 from geolora.tasks.order import batch_order
 from geolora.tasks.output import alone, clear, writing
 from geolora.tasks.peers import (
@@ -210,7 +210,7 @@ def train(config: TrainConfig, data: TextData, choice: Rows | None = None) -> Ou
         clear(output / "adapter")
         partial.rename(output / "adapter")
 
-        metric = "accuracy" if data.names else "pearson"
+        metric = config.metric or METRICS_OF[config.task][0]
         predictions = _predict(trainer, _encode(tokenizer, data.held_out, data.held_out_labels))
         report = {
             "method": config.method,
