@@ -26,6 +26,13 @@ def truncated(W: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return P[:, :rank], values[:rank], Qt[:rank].mT
 
 
+def basis_of(X: Tensor) -> Tensor:
+    """Orthonormal columns that span those of X."""
+    X = X / torch.linalg.vector_norm(X, dim=0).clamp(min=1e-300)
+    P, values, _ = torch.linalg.svd(X, full_matrices=False)
+    return P[:, values > 1e-13]
+
+
 def tail_rank(values: Tensor, tail: float) -> int:
     """Smallest rank whose discarded values have norm <= tail * ||values||."""
     for rank in range(len(values) + 1):
@@ -52,7 +59,7 @@ class Plain:
     name: str
     lr: float
     moments: str = "none"
-    momentum: float = 0.9
+    momentum: float = 0.8
     tail: float = 0.1
     prune_every: int | None = 25
     settle_after: int | None = None
@@ -85,11 +92,15 @@ class Plain:
     def step(self, G: Tensor) -> None:
         phase = self.phase
         beta = 0.0 if self.moments == "none" else self.momentum
-        self.M = beta * self.M + projection(G, self.U, self.V)
-        move = self.M
+        before = self.M
+        self.M = move = beta * before + projection(G, self.U, self.V)
         lr = self.lr
         if self.moments == "adaptive":
-            move = soft_sign(self.M, self.soften)
+            U = basis_of(torch.cat([self.U, self.M @ self.V], dim=1))
+            V = basis_of(torch.cat([self.V, self.M.mT @ self.U], dim=1))
+            ahead = (1 + beta) * self.M - beta * before  # Nesterov: G + beta M
+            ahead = U @ U.mT @ ahead @ V @ V.mT
+            move = projection(soft_sign(ahead, self.soften), self.U, self.V)
             lr = lr * (1024 / (self.W.shape[0] * self.W.shape[1]) ** 0.5) ** 0.5
         U, values, V = truncated(self.W - lr * move, self.settled if phase == "hold" else self.r)
         if phase == "judge":

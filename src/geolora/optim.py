@@ -75,12 +75,13 @@ class GeoLoRA(torch.optim.Optimizer):
             It is not written before the first step. Whatever else is trainable (heads, biases,
             embeddings) is trained by AdamW.
         lr: step size; None takes a default per `moments`. Unit for "none" and "momentum": change
-            of W per unit of gradient, whatever lora_alpha. For "adaptive": spectral norm of the
-            change of a layer of width sqrt(d_out * d_in) = 1024, times sqrt(1024 / width) elsewhere.
+            of W per unit of gradient, whatever lora_alpha. For "adaptive": about the spectral norm of
+            the change of a layer of width sqrt(d_out * d_in) = 1024, times sqrt(1024 / width) elsewhere.
         rest_lr: step size of AdamW for everything else that is trainable.
-        moments: "adaptive" (provisional: momentum, then every direction moves at a like speed),
-            "momentum" (heavy ball, carried to each new tangent space) or "none" (the paper's step).
-        momentum: heavy-ball factor in [0, 1); not used with moments="none".
+        moments: "adaptive" (momentum with Nesterov's look ahead, then every direction moves at a like
+            speed), "momentum" (heavy ball, carried to each new tangent space) or "none" (the
+            paper's step).
+        momentum: factor of the momentum before, in [0, 1); not used with moments="none".
         start_rank: slots to start with where B = 0; None for all r of the pair.
         tail: fraction of ||sigma||_2 a layer may lose when judged, in [0, 1).
         prune_every: steps in a cycle; 1 judges at every step, as in the paper; None keeps the rank.
@@ -117,7 +118,7 @@ class GeoLoRA(torch.optim.Optimizer):
         *,
         rest_lr: float = 1e-3,
         moments: str = "adaptive",
-        momentum: float = 0.9,
+        momentum: float = 0.8,
         start_rank: int | None = None,
         tail: float = 0.25,
         prune_every: int | None = 25,
@@ -344,16 +345,23 @@ class GeoLoRA(torch.optim.Optimizer):
                 factor = math.sqrt(REFERENCE_WIDTH / group["width"]) if wide else 1.0
                 rates += [float(group["lr"]) * factor] * count
                 caps += group["ranks"] if phase_of(group) == "hold" else [slots] * count
+            adaptive = due[0].group["moments"] == "adaptive"
             ends = method.step(
                 [move.point for move in due],
                 [move.M for move in due],
                 torch.tensor(rates, dtype=torch.float64, device=device),
                 torch.tensor(caps, device=device),
-                SOFTEN if due[0].group["moments"] == "adaptive" else None,
+                method.Spectral([self._ahead(move) for move in due], SOFTEN) if adaptive else None,
             )
             for i, (new, carried) in zip(indices, ends, strict=True):
                 moves[i] = moves[i]._replace(new=new, carried=carried, written=True)
         return moves
+
+    def _ahead(self, move: "_Move") -> method.Momentum:
+        """Nesterov's look ahead: the gradient + b M = (1 + b) M - b M_before, for M = b M_before + G."""
+        before, beta = _memory(move.group, self.state[move.group["params"][0]])
+        parts = ((1 + beta) * now - beta * old for now, old in zip(move.M, before, strict=True))
+        return method.Momentum(*parts)
 
     def _judged(self, moves: list["_Move"]) -> list["_Move"]:
         """Cut every bucket whose cycle says so, by tail and then by the budget over all layers."""

@@ -8,7 +8,7 @@ Symbols: U, V, S = diag(sigma) as in the paper; K = G V and L = G^T U are its gr
 Differences from the paper and the authors' code: no S^-1 anywhere, so sigma = 0 is an ordinary
     point; the augmentation drops what adds nothing instead of inventing columns; sigma is sorted
     and diagonal after every step; momentum is carried to the new tangent space.
-Defaults: soften = 0.01, measured (docs/decisions.md); the paper has no adaptive step.
+Defaults: soften = 0.01, momentum 0.8, measured (docs/decisions.md); the paper has no adaptive step.
 """
 
 from collections.abc import Sequence
@@ -41,17 +41,29 @@ class Momentum(NamedTuple):
     L: Tensor
 
 
+class Spectral(NamedTuple):
+    """A normalised step: tangent matrices N to look along, and the constant e of the soft sign."""
+
+    ahead: Sequence[Momentum]
+    soften: float
+
+
 def step(
     points: Sequence[Point],
     moves: Sequence[Momentum],
     lr: Tensor,
     cap: Tensor,
-    soften: float | None = None,
+    spectral: Spectral | None = None,
 ) -> list[tuple[Point, Momentum]]:
-    """W+ = truncate(W - lr M) for tangent matrices M, and M carried to W+.
+    """W+ = truncate(W - lr D) along D = M for tangent matrices M, and M carried to W+.
 
-    Before truncation the result is exactly W - lr M, of rank at most 2r. With M = P(W)G and
-    soften = None this is the paper's step. M is carried by orthogonal projection, P(W+)M.
+    Before truncation the result is exactly W - lr M, of rank at most 2r. With M = P(W)G this is the
+    paper's step. M is carried by orthogonal projection, P(W+)M.
+
+    With `spectral` the step is D = P(W) soft_sign(N): N is what Nesterov's rule looks ahead to, as
+    far as it lies in the span of [U | K] and [V | L], and every singular value t of N becomes
+    t / (t + e t_1), so that all directions move at a like speed. The soft sign alone would leave
+    the tangent space; P(W) makes the lower right block of the core zero again.
 
     Layers of one shape come as a stack; stacks of different shapes with the same number of slots
     come together, because their 2r x 2r problems are one problem.
@@ -59,11 +71,10 @@ def step(
     Args:
         points: the current factors, (n_i, ...) each, N layers in all.
         moves: the tangent matrices, by their parts there.
-        lr: step sizes (N,). Unit: change of W per unit of M; with `soften` the spectral norm of
-            the change.
+        lr: step sizes (N,). Unit: change of W per unit of M; with `spectral` about the spectral
+            norm of the change (before P(W) exactly that, as e -> 0).
         cap: (N,) integers, the rank to keep at most.
-        soften: None, or the constant e of the normalised step, where every singular value t of M
-            becomes t / (t + e t_1): all directions move at a like speed. Provisional.
+        spectral: None, or what makes the step a normalised one.
 
     Returns:
         The new points, in the same slots, and the parts of P(W+)M there. Where W+ = 0 the old
@@ -81,9 +92,16 @@ def step(
     grams = torch.cat([gram for _, gram, _ in spans])
     turns = orthonormal(grams, slots)  # [U | U~] = Z @ turn
     move = core_of(*(turns.mT @ torch.cat([C for _, _, C in spans])).chunk(2))
+    along = move
+    if spectral is not None:
+        parts = [N.K for N in spectral.ahead] + [N.L for N in spectral.ahead]
+        seen = [Z.mT @ part.double() for (Z, _, _), part in zip(spans, parts, strict=True)]
+        along = core_of(*(turns.mT @ torch.cat(seen)).chunk(2))
+        along = soft_sign(along, spectral.soften)
+        along[..., slots:, slots:] = 0
     sigma = torch.cat([point.sigma for point in points]).double()
     core = torch.diag_embed(torch.nn.functional.pad(sigma, (0, slots)))
-    core = core - lr[:, None, None] * (move if soften is None else soft_sign(move, soften))
+    core = core - lr[:, None, None] * along
 
     P, values, Qt = torch.linalg.svd(core)
     tolerance = max(torch.finfo(dtype).eps, core.shape[-1] * torch.finfo(core.dtype).eps)
