@@ -290,6 +290,50 @@ def test_the_interval_is_the_one_of_a_plain_bootstrap() -> None:
     assert found["seeds"] == 3
 
 
+def test_the_mean_over_tasks_has_an_interval_of_its_own() -> None:
+    """Two tasks of 60 rows: +0.2 and -0.1 on average; a method without a task has no mean."""
+    generator = torch.Generator().manual_seed(6)
+    shares = {"s": {"theirs": 0.6, "ours": 0.8}, "t": {"theirs": 0.8, "ours": 0.7}}
+    rows, seeds, results, drawn = 60, 4, [], {}
+    for task, of_task in shares.items():
+        for method, share in of_task.items():
+            hits = (torch.rand(seeds, rows, generator=generator) < share).int()
+            drawn[task, method] = hits.double()
+            results += [result(task, method, None, s, hits[s].tolist()) for s in range(seeds)]
+    results.append(result("s", "third", None, 0, [1] * rows))
+    summary = summarise(results, {"s": [1] * rows, "t": [1] * rows}, "theirs")
+    theirs, ours = summary["means"]
+    assert (theirs["method"], ours["method"]) == ("theirs", "ours")
+    assert "difference" not in theirs
+    gaps = [drawn[task, "ours"] - drawn[task, "theirs"] for task in shares]
+    assert ours["value"] == pytest.approx(
+        float(sum(drawn[task, "ours"].mean() for task in shares)) / 2
+    )
+    assert ours["difference"]["mean"] == pytest.approx(float(sum(gap.mean() for gap in gaps)) / 2)
+    means = []
+    for _ in range(4000):
+        total = 0.0
+        for gap in gaps:
+            row = torch.randint(rows, (rows,), generator=generator)
+            seed = torch.randint(seeds, (seeds,), generator=generator)
+            total += float(gap[seed][:, row].mean())
+        means.append(total / 2)
+    low, high = torch.tensor(means).quantile(torch.tensor([0.025, 0.975])).tolist()
+    assert ours["difference"]["low"] == pytest.approx(low, abs=0.01)
+    assert ours["difference"]["high"] == pytest.approx(high, abs=0.01)
+    assert "mean  ours" in table(summary)
+
+
+def test_a_step_size_with_more_seeds_is_compared_on_the_common_ones() -> None:
+    results = [
+        result("t", "a", 0.1, 0, [1, 0], choice=0.8),
+        result("t", "a", 0.2, 0, [1, 1], choice=0.7),
+        result("t", "a", 0.1, 1, [1, 0], choice=0.1),  # 0.2 was not run with this seed
+    ]
+    (row,) = summarise(results, {"t": [1, 1]}, "a")["rows"]
+    assert (row["lr"], row["seeds"]) == (0.1, 2)
+
+
 def test_only_common_seeds_are_paired() -> None:
     results = [
         result("t", "a", None, 0, [1, 1, 0, 0]),

@@ -15,7 +15,7 @@ COLUMNS = (
 
 def table(summary: dict[str, Any]) -> str:
     """The rows of a comparison as text: one per task and method, at the chosen step size."""
-    lines = [COLUMNS, *(_cells(row) for row in summary["rows"])]
+    lines = [COLUMNS, *(_cells(row) for row in (*summary["rows"], *summary["means"]))]
     widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
     text = [
         "  ".join(
@@ -62,17 +62,18 @@ def figures(folder: str | Path) -> list[Path]:
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     gap = row.get("difference")
     shown = f"{gap['mean']:+.4f} [{gap['low']:+.4f}, {gap['high']:+.4f}]" if gap else ""
-    count = f" ({row['diverged']} of {row['seeds']} diverged)" if row["diverged"] else ""
+    count = f" ({row['diverged']} of {row['seeds']} diverged)" if row.get("diverged") else ""
+    lr = "" if "lr" not in row else "default" if row["lr"] is None else f"{row['lr']:g}"
     memory = row.get("peak_memory_bytes")
     return (
-        row["task"],
+        row.get("task", "mean"),
         row["method"],
-        "default" if row["lr"] is None else f"{row['lr']:g}",
+        lr,
         (f"{row['value']:.4f}" if row["value"] is not None else "none") + count,
-        f"{row['spread']:.4f}" if row["spread"] is not None else "",
+        f"{row['spread']:.4f}" if row.get("spread") is not None else "",
         shown,
-        f"{row['adapter_parameters']:,}" if memory else "",
-        f"{row['exported_parameters']:,}" if memory else "",
+        f"{row['adapter_parameters']:,}" if "adapter_parameters" in row else "",
+        f"{row['exported_parameters']:,}" if "exported_parameters" in row else "",
         f"{row['seconds_per_step']:.3f}" if memory else "",
         f"{memory / 1e6:,.0f}" if memory else "",
     )

@@ -5,7 +5,8 @@ All numbers are computed here; `report/comparison.py` draws them.
 
 import math
 import statistics
-from typing import Any
+import zlib
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,10 +23,11 @@ def summarise(
     """Rows of the table, curves over step sizes, and rank maps, from the runs.
 
     Returns:
-        {"against", "rows": one per task and method at the chosen step size, "learning_rates": one
-        per task, method and step size, "curves": training losses, "maps": ranks}. Spreads are
-        standard deviations over seeds; intervals are of a paired bootstrap over evaluation rows and
-        seeds, of the difference to `against`.
+        {"against", "rows": one per task and method at the chosen step size, "means": one per method
+        that has a score on all of several tasks, "learning_rates": one per task, method and step
+        size, "curves": training losses, "maps": ranks}. Spreads are standard deviations over seeds;
+        intervals are of a paired bootstrap over evaluation rows and seeds, of the difference to
+        `against`.
     """
     by_cell: dict[tuple[str, str], dict[float | None, list[dict[str, Any]]]] = {}
     for cell, result in results:
@@ -33,6 +35,7 @@ def summarise(
         runs.setdefault(cell.lr, []).append({**result, "seed": cell.seed})
     sweeps, rows, curves, maps = [], [], [], []
     chosen = {key: _best_lr(runs) for key, runs in by_cell.items()}
+    gaps: dict[str, dict[str, _Gap]] = {}
     for (task, method), runs in by_cell.items():
         for lr, found in runs.items():
             sweeps.append({"task": task, "method": method, "lr": lr, **_scores(found)})
@@ -46,7 +49,10 @@ def summarise(
         row |= _costs(whole)
         rivals = by_cell[task, against][chosen[task, against]]
         if method != against:
-            row["difference"] = _difference(whole, rivals, labels[task])
+            gap = _gap(whole, rivals, labels[task], zlib.crc32(task.encode()))
+            row["difference"] = gap and _interval([gap])
+            if gap:
+                gaps.setdefault(method, {})[task] = gap
         first = whole[0]
         curves.append(
             {
@@ -70,6 +76,7 @@ def summarise(
         "against": against,
         "metrics": metrics,
         "rows": rows,
+        "means": _means(rows, gaps),
         "learning_rates": sweeps,
         "curves": curves,
         "maps": maps,
@@ -79,13 +86,16 @@ def summarise(
 def _best_lr(runs: dict[float | None, list[dict[str, Any]]]) -> float | None:
     """The step size with the best mean score on the choosing rows; the smaller one of equals.
 
-    One at which any seed diverged is taken only where all have.
+    Over the seeds that all step sizes have. One at which any of these diverged is taken only where
+    all have.
     """
+    common = set.intersection(*({run["seed"] for run in found} for found in runs.values()))
 
     def worth(lr: float | None) -> tuple[bool, float, float]:
-        whole = [run["choice"] for run in runs[lr] if not run["failure"]]
+        of_lr = [run for run in runs[lr] if run["seed"] in common]
+        whole = [run["choice"] for run in of_lr if not run["failure"]]
         mean = statistics.fmean(whole) if whole else -math.inf
-        return len(whole) == len(runs[lr]), mean, -(lr or 0.0)
+        return len(whole) == len(of_lr), mean, -(lr or 0.0)
 
     return max(runs, key=worth)
 
@@ -114,13 +124,21 @@ def _costs(runs: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _difference(
-    ours: list[dict[str, Any]], theirs: list[dict[str, Any]], labels: list[Any]
-) -> dict[str, Any] | None:
-    """Mean difference of two methods and its bootstrap interval; seeds are paired.
+class _Gap(NamedTuple):
+    """The difference of two methods on a task: its mean, and the means of all bootstrap draws."""
+
+    mean: float
+    draws: torch.Tensor
+    seeds: int
+
+
+def _gap(
+    ours: list[dict[str, Any]], theirs: list[dict[str, Any]], labels: list[Any], seed: int
+) -> _Gap | None:
+    """The difference of two methods, seeds paired; None where they have no seed in common.
 
     Rows of the evaluation set and seeds are both drawn again with replacement, the same draw for
-    both methods. None where they have no seed in common.
+    both methods.
     """
     other = {run["seed"]: run for run in theirs if not run["failure"]}
     pairs = [(run, other[run["seed"]]) for run in ours if run["seed"] in other]
@@ -128,7 +146,7 @@ def _difference(
         return None
     metric = METRICS[pairs[0][0]["report"]["metric"]]
     target, rows = torch.tensor(labels), len(labels)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     draws = []
     for _ in range(RESAMPLES // 1000):  # in parts: a part holds 1000 x rows numbers
         index = torch.randint(rows, (1000, rows), generator=generator)
@@ -141,11 +159,40 @@ def _difference(
         ]
         seeds = torch.randint(len(pairs), (1000, len(pairs)), generator=generator)
         draws.append(torch.stack(gaps, dim=1).gather(1, seeds).mean(1))
-    low, high = torch.cat(draws).quantile(
-        torch.tensor([(1 - INTERVAL) / 2, (1 + INTERVAL) / 2], dtype=torch.float64)
-    )
     mean = statistics.fmean(a["report"]["value"] - b["report"]["value"] for a, b in pairs)
-    return {"mean": mean, "low": float(low), "high": float(high), "seeds": len(pairs)}
+    return _Gap(mean, torch.cat(draws), len(pairs))
+
+
+def _interval(gaps: list[_Gap]) -> dict[str, Any]:
+    """The mean of one difference or several, its bootstrap interval, and the fewest seeds."""
+    low, high = (
+        torch.stack([gap.draws for gap in gaps])
+        .mean(0)
+        .quantile(torch.tensor([(1 - INTERVAL) / 2, (1 + INTERVAL) / 2], dtype=torch.float64))
+    )
+    mean = statistics.fmean(gap.mean for gap in gaps)
+    seeds = min(gap.seeds for gap in gaps)
+    return {"mean": mean, "low": float(low), "high": float(high), "seeds": seeds}
+
+
+def _means(rows: list[dict[str, Any]], gaps: dict[str, dict[str, _Gap]]) -> list[dict[str, Any]]:
+    """Means over the tasks, of the methods that have a score on each; none for a single task."""
+    tasks = {row["task"] for row in rows}
+    means = []
+    for method in dict.fromkeys(row["method"] for row in rows) if len(tasks) > 1 else ():
+        mine = [row for row in rows if row["method"] == method and row["value"] is not None]
+        if len(mine) < len(tasks):
+            continue
+        mean: dict[str, Any] = {
+            "method": method,
+            "value": _mean([row["value"] for row in mine]),
+            "adapter_parameters": round(_mean([row["adapter_parameters"] for row in mine]) or 0),
+            "exported_parameters": round(_mean([row["exported_parameters"] for row in mine]) or 0),
+        }
+        if len(gaps.get(method, {})) == len(tasks):
+            mean["difference"] = _interval(list(gaps[method].values()))
+        means.append(mean)
+    return means
 
 
 def _mean(values: list[float]) -> float | None:

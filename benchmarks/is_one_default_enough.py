@@ -1,0 +1,46 @@
+"""Is GeoLoRA at one default better than LoRA with its step size chosen per task? Mean of five tasks.
+
+    python benchmarks/is_one_default_enough.py benchmarks/five_tasks.yaml
+
+Makes no runs: `geolora compare five_tasks.yaml` does. It joins what lies in the output folder of the file,
+also runs that go beyond its grid (more seeds at the step size that was chosen), into one table and figures.
+"""
+
+import json
+import re
+import sys
+
+from geolora.report.comparison import figures, table
+from geolora.tasks.checkpoints import write_json
+from geolora.tasks.plan import Cell, read_plan
+from geolora.tasks.summary import summarise
+from geolora.tasks.text_classification import load
+
+NAME = re.compile(r"([^/]+)/([^/]+)/lr-([^/]+)/seed-(\d+)\.json$")
+
+
+def main() -> None:
+    plan = read_plan(sys.argv[1])
+    configs = {cell.task: cell.config for cell in plan.cells}
+    labels = {task: load(config).held_out_labels for task, config in configs.items()}
+    methods = list(dict.fromkeys(cell.method for cell in plan.cells))
+    results = []
+    for path in sorted((plan.output / "runs").rglob("seed-*.json")):
+        found = NAME.search(path.as_posix())
+        if not found or found[1] not in configs or found[2] not in methods:
+            continue
+        lr = None if found[3] == "default" else float(found[3])
+        cell = Cell(found[1], found[2], lr, int(found[4]), configs[found[1]])
+        results.append((cell, json.loads(path.read_text(encoding="utf-8"))))
+    tasks = list(configs)
+    results.sort(key=lambda pair: (tasks.index(pair[0].task), methods.index(pair[0].method)))
+    summary = summarise(results, labels, plan.against)
+    write_json(plan.output / "comparison.json", summary)
+    text = table(summary)
+    (plan.output / "table.txt").write_text(text + "\n", encoding="utf-8")
+    figures(plan.output)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
