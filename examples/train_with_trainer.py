@@ -18,7 +18,7 @@ from transformers import BertConfig, BertForSequenceClassification, Trainer, Tra
 
 import geolora
 
-STEPS, BUDGET = 60, 12_000  # parameters of the adapter: sum of rank * (d_in + d_out)
+STEPS, BUDGET = 120, 12_000  # parameters of the adapter: sum of rank * (d_in + d_out)
 PROSE = "".join(topics.values()).encode()[:64_000]
 CODE = inspect.getsource(argparse).encode()[:64_000]
 ROWS = [
@@ -54,7 +54,7 @@ def start(folder):
         eval_dataset=ROWS[-200:],
         # learning_rate of TrainingArguments is not used: lr and rest_lr belong to the optimizer
         optimizer_cls_and_kwargs=geolora.for_trainer(
-            "geolora", lr=2e-2, rest_lr=1e-2, budget=BUDGET, settle_after=int(0.9 * STEPS)
+            "geolora", lr=1e-2, rest_lr=1e-2, budget=BUDGET, settle_after=int(0.9 * STEPS)
         ),
     )
 

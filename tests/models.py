@@ -114,6 +114,11 @@ def pairs_of(model: nn.Module) -> list[tuple[str, nn.Parameter, nn.Parameter, fl
     return [(pair.name, pair.A, pair.B, pair.scale) for pair in find_pairs(model)]
 
 
+def products(model: nn.Module) -> dict[str, Tensor]:
+    """{layer: W}."""
+    return {name: (scale * B @ A).detach() for name, A, B, scale in pairs_of(model)}
+
+
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 

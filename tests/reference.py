@@ -65,6 +65,7 @@ class Plain:
     settle_after: int | None = None
     start_rank: int | None = None
     soften: float = 0.01
+    width: float | None = None
     steps: int = 0
     M: Tensor = field(init=False)
 
@@ -85,13 +86,13 @@ class Plain:
         if self.settle_after is not None and self.steps >= self.settle_after:
             return "judge" if self.steps == self.settle_after else "hold"
         if self.prune_every is None:
-            return "hold"
+            return "hold" if self.settle_after is None else "grow"
         at, growing = self.steps % self.prune_every, self.prune_every // 6
         return "grow" if at < growing else "judge" if at == growing else "hold"
 
     def step(self, G: Tensor) -> None:
         phase = self.phase
-        beta = 0.0 if self.moments == "none" else self.momentum
+        beta, used = 0.0 if self.moments == "none" else self.momentum, self.V.shape[1]
         before = self.M
         self.M = move = beta * before + projection(G, self.U, self.V)
         lr = self.lr
@@ -101,7 +102,9 @@ class Plain:
             ahead = (1 + beta) * self.M - beta * before  # Nesterov: G + beta M
             ahead = U @ U.mT @ ahead @ V @ V.mT
             move = projection(soft_sign(ahead, self.soften), self.U, self.V)
-            lr = lr * (1024 / (self.W.shape[0] * self.W.shape[1]) ** 0.5) ** 0.5
+            d_out, d_in = self.W.shape
+            width = self.width or (d_out * d_in) ** 0.5
+            lr = lr * (1024 * max(d_out, d_in)) ** 0.5 / width * (8 / max(1, used)) ** 0.5
         U, values, V = truncated(self.W - lr * move, self.settled if phase == "hold" else self.r)
         if phase == "judge":
             self.settled = max(1, tail_rank(values, self.tail))

@@ -23,7 +23,7 @@ from geolora.errors import (
     SettingError,
     VerificationError,
 )
-from models import D_IN, Net, backward, lora_net, pairs_of, snapshot, train
+from models import D_IN, Net, backward, lora_net, pairs_of, products, same, snapshot, train
 
 
 def trained(steps: int = 16, dtype: torch.dtype = torch.float32, scale: float = 2.0, **kwargs):
@@ -316,6 +316,45 @@ def test_prune_cuts_any_lora_model_in_place() -> None:
     assert (
         sum(r * c for r, c in zip(geolora.ranks(model).values(), [24, 24, 22], strict=True)) <= 80
     )
+
+
+def test_suggest_budget_scores_cuts_and_puts_the_adapter_back() -> None:
+    model = lora_net(r=4)
+    train(model, torch.optim.AdamW(model.parameters(), lr=1e-2), 20)
+    before, whole = snapshot(model), products(model)
+    pairs = pairs_of(model)
+    used = sum(A.numel() + B.numel() for _, A, B, _ in pairs)
+    seen = []
+
+    def evaluate() -> float:
+        left = products(model)
+        lost = sum(float((whole[name] - left[name]).square().sum()) for name in whole)
+        seen.append((geolora.ranks(model), lost))
+        return -lost
+
+    rows = geolora.suggest_budget(model, evaluate, shares=(0.5, 0.1, 1.0, 0.75))
+    assert [row.budget for row in rows] == [round(share * used) for share in (0.5, 0.75, 1.0)]
+    total = sum(float(W.square().sum()) for W in whole.values())
+    cost = {name: A.shape[1] + B.shape[0] for name, A, B, _ in pairs}
+    for row, (ranks, lost) in zip(rows, seen, strict=True):
+        assert row.score == -lost
+        assert row.error == pytest.approx(math.sqrt(lost / total), abs=1e-7)
+        assert row.adapter_parameters == sum(ranks[name] * cost[name] for name in cost)
+        assert row.adapter_parameters <= row.budget
+        assert row.exported_parameters == max(ranks.values()) * sum(cost.values())
+    errors = [row.error for row in rows]
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < 1e-7
+    assert same(before, snapshot(model))
+
+    def broken() -> float:
+        raise RuntimeError("no data")
+
+    with pytest.raises(RuntimeError, match="no data"):
+        geolora.suggest_budget(model, broken)
+    assert same(before, snapshot(model))
+    with pytest.raises(SettingError, match=r"`shares` must be in \(0, 1\]; got 1.5"):
+        geolora.suggest_budget(model, evaluate, shares=(0.5, 1.5))
 
 
 def test_prune_leaves_an_untrained_model_trainable() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import geolora
@@ -24,7 +25,7 @@ from geolora.errors import (
 from geolora.factors import slot_ranks
 from geolora.kernels.tangent import to_dense
 from geolora.pairs import find_pairs
-from models import OneLayer, backward, lora_net, pairs_of, same, snapshot, train
+from models import OneLayer, backward, lora_net, pairs_of, products, same, snapshot, train
 from tolerances import bound, difference
 
 EPS = torch.finfo(torch.float64).eps
@@ -34,10 +35,6 @@ LR = {"none": 0.2, "momentum": 0.03, "adaptive": 2e-3}
 
 def masters(optimizer: geolora.GeoLoRA, group: int = 0) -> dict[str, torch.Tensor]:
     return optimizer.state[optimizer.param_groups[group]["params"][0]]
-
-
-def products(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: (scale * B @ A).detach() for name, A, B, scale in pairs_of(model)}
 
 
 # ---- equal to the paper ---------------------------------------------------------------------
@@ -63,7 +60,7 @@ def test_t1_one_step_of_a_peft_layer_is_w_minus_lr_pg(scale: float, start: str) 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 @pytest.mark.parametrize("moments", MOMENTS)
-@pytest.mark.parametrize("cycle", ["cycle", "paper", "fixed", "settle"])
+@pytest.mark.parametrize("cycle", ["cycle", "paper", "fixed", "settle", "once"])
 def test_fast_step_equals_the_plain_reference(moments: str, scale: float, cycle: str) -> None:
     """50 steps, W and momentum after every one, ranks too."""
     settings = {
@@ -71,6 +68,7 @@ def test_fast_step_equals_the_plain_reference(moments: str, scale: float, cycle:
         "paper": {"prune_every": 1, "start_rank": 1, "tail": 0.05},
         "fixed": {"prune_every": None, "start_rank": 3},
         "settle": {"prune_every": 12, "settle_after": 30, "tail": 0.2},
+        "once": {"prune_every": None, "settle_after": 10, "start_rank": 2, "tail": 0.2},
     }[cycle]
     layer = OneLayer(r=8, scale=scale)
     start = layer.A.detach().clone(), layer.B.detach().clone(), scale, layer.name, LR[moments]
@@ -96,6 +94,22 @@ def test_fast_step_equals_the_plain_reference(moments: str, scale: float, cycle:
             assert difference(M, plain.M) < allowed, f"momentum after step {done}"
         assert int((state["sigma"] > 0).sum()) == torch.linalg.matrix_rank(plain.W, rtol=1e-12)
         assert optimizer.settled_ranks() == {"0": plain.settled}
+
+
+def test_unit_of_lr_follows_the_shapes_of_all_layers() -> None:
+    """The first step of a wide layer beside a square one has the size the docstring gives."""
+    base = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 32, bias=False)).double()
+    config = LoraConfig(r=2, lora_alpha=2, target_modules=["0", "1"])
+    model = get_peft_model(base, config, autocast_adapter_dtype=False)
+    optimizer = geolora.GeoLoRA(model, lr=1e-3, momentum=0.0)
+    model(torch.randn(50, 8).double()).square().mean().backward()
+    optimizer.step()
+    width = math.sqrt(math.sqrt(8 * 8) * math.sqrt(8 * 32))
+    for (_, A, B, scale), longest in zip(pairs_of(model), (8, 32), strict=True):
+        # one-sided, W = -lr soft_sign(G V V^T): the largest value is exactly 1 / (1 + 0.01)
+        size = torch.linalg.matrix_norm(scale * B @ A, 2)
+        wanted = 1e-3 * math.sqrt(1024 * longest) / width * math.sqrt(8 / 2) / 1.01
+        assert float(size.detach()) == pytest.approx(wanted, rel=1e-9)
 
 
 @pytest.mark.parametrize("moments", MOMENTS)

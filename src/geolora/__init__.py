@@ -7,14 +7,23 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from geolora.adapter import export, prune, ranks
+    from geolora.adapter import export, prune, ranks, suggest_budget
     from geolora.optim import GeoLoRA
     from geolora.saved import inspect, verify
     from geolora.trainer import for_trainer
 
 __version__ = "0.1.0"
 
-__all__ = ["GeoLoRA", "export", "for_trainer", "inspect", "prune", "ranks", "verify"]
+__all__ = [
+    "GeoLoRA",
+    "export",
+    "for_trainer",
+    "inspect",
+    "prune",
+    "ranks",
+    "suggest_budget",
+    "verify",
+]
 
 _HOME = {
     "GeoLoRA": "geolora.optim",
@@ -23,6 +32,7 @@ _HOME = {
     "inspect": "geolora.saved",
     "prune": "geolora.adapter",
     "ranks": "geolora.adapter",
+    "suggest_budget": "geolora.adapter",
     "verify": "geolora.saved",
 }
 

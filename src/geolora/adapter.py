@@ -9,6 +9,7 @@ import copy
 import re
 import warnings
 import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,24 @@ class Export:
     def server_shaped(self) -> bool:
         """Whether it has the shape LoRA servers expect: uniform, nothing beside the pairs."""
         return self.layout == "uniform" and not self.others
+
+
+@dataclass(frozen=True)
+class BudgetScore:
+    """What a trained adapter scores when it is cut to a budget, without training on.
+
+    Attributes:
+        adapter_parameters: sum of rank * (d_in + d_out) of what is left.
+        exported_parameters: numbers in the uniform file of it.
+        error: ||what was cut||_F / ||W||_F over all layers.
+        score: what `evaluate` returned.
+    """
+
+    budget: int
+    adapter_parameters: int
+    exported_parameters: int
+    error: float
+    score: float
 
 
 def ranks(model: nn.Module, adapter_name: str | None = None) -> dict[str, int]:
@@ -128,6 +147,71 @@ def prune(
         pair.A.copy_(A.view(pair.A.shape))
         pair.B.copy_(B.view(pair.B.shape))
     return result
+
+
+def suggest_budget(
+    model: nn.Module,
+    evaluate: Callable[[], float],
+    shares: Sequence[float] = (0.125, 0.25, 0.375, 0.5, 0.75, 1.0),
+    adapter_name: str | None = None,
+) -> list[BudgetScore]:
+    """Score against parameters, from the spectra of one trained adapter.
+
+    The adapter is cut to each budget as `prune` does (tail 0), scored, and put back as it was: what a
+    smaller budget would cost at least in part; a run trained within it mostly loses less.
+
+    Args:
+        evaluate: scores the model as it stands, on rows that were not trained on.
+        shares: budgets as shares, in (0, 1], of the parameters in use. Those that do not hold one
+            direction in every layer are left out.
+
+    Returns:
+        A row per budget, from the smallest on.
+
+    Raises:
+        SettingError: a share outside (0, 1].
+    """
+    if wrong := [share for share in shares if not 0 < share <= 1]:
+        raise SettingError(f"suggest_budget: `shares` must be in (0, 1]; got {wrong[0]}.")
+    pairs = find_pairs(model, adapter_name)
+    cost = {pair.name: pair.d_in + pair.d_out for pair in pairs}
+    used = sum(rank * cost[name] for name, rank in ranks(model, adapter_name).items())
+    kept = [(pair.A.detach().clone(), pair.B.detach().clone()) for pair in pairs]
+    size = _size(pairs)
+    rows = []
+    try:
+        for share in sorted(set(shares)):
+            budget = round(share * used)
+            if budget < sum(cost.values()):
+                continue
+            _put_back(pairs, kept)
+            left = prune(model, 0.0, budget, adapter_name)
+            rest = (max(0.0, size**2 - _size(pairs) ** 2)) ** 0.5  # cut at a right angle
+            rows.append(
+                BudgetScore(
+                    budget,
+                    sum(rank * cost[name] for name, rank in left.items()),
+                    max(1, *left.values()) * sum(cost.values()),
+                    rest / size if size else 0.0,
+                    float(evaluate()),
+                )
+            )
+    finally:
+        _put_back(pairs, kept)
+    return rows
+
+
+@torch.no_grad()
+def _put_back(pairs: list[Pair], kept: list[tuple[Tensor, Tensor]]) -> None:
+    for pair, (A, B) in zip(pairs, kept, strict=True):
+        pair.A.copy_(A)
+        pair.B.copy_(B)
+
+
+def _size(pairs: list[Pair]) -> float:
+    """||W||_F over all layers."""
+    sigmas = [read_pair(pair.A.flatten(1), pair.B.flatten(1), pair.scale).sigma for pair in pairs]
+    return sum(float((sigma.double() ** 2).sum()) for sigma in sigmas) ** 0.5
 
 
 @torch.no_grad()

@@ -17,6 +17,9 @@ from torch import Tensor
 from geolora.errors import StateError
 from geolora.pairs import Pair
 
+REFERENCE_WIDTH = 1024.0
+"""Width of a model at which an adaptive step of a square layer has spectral norm lr."""
+
 
 def phase_of(group: dict[str, Any]) -> str:
     """ "grow", "judge" or "hold": what the coming step does with the rank."""
@@ -26,7 +29,7 @@ def phase_of(group: dict[str, Any]) -> str:
     ):  # due until it is done: a step with lr = 0 judges nothing
         return "hold" if group["settled"] else "judge"
     if every is None:
-        return "hold"
+        return "hold" if settle is None else "grow"
     at, growing = at % every, every // 6
     return "grow" if at < growing else "judge" if at == growing else "hold"
 
@@ -40,8 +43,20 @@ def by_shape(pairs: list[Pair]) -> list[list[Pair]]:
     return list(buckets.values())
 
 
-def new_group(pairs: list[Pair], settings: dict[str, Any]) -> dict[str, Any]:
-    """The param group of a bucket, before its first step."""
+def new_groups(pairs: list[Pair], settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The param groups of all buckets, before their first step."""
+    sizes = [math.log(pair.d_in * pair.d_out) / 2 for pair in pairs]
+    width = math.exp(sum(sizes) / len(sizes))
+    return [_new_group(bucket, width, settings) for bucket in by_shape(pairs)]
+
+
+def _new_group(pairs: list[Pair], width: float, settings: dict[str, Any]) -> dict[str, Any]:
+    """The param group of a bucket.
+
+    `unit` is what lr is multiplied by for an adaptive step: 1 for square layers of width 1024,
+    proportional to sqrt(max(d_out, d_in)) within a model and to 1 / sqrt(width) between models;
+    the width of a model is the geometric mean of sqrt(d_out d_in) over its pairs.
+    """
     first = pairs[0]
     rank = settings["start_rank"] or first.r
     return {
@@ -51,7 +66,7 @@ def new_group(pairs: list[Pair], settings: dict[str, Any]) -> dict[str, Any]:
         "scales": [pair.scale for pair in pairs],
         "ranks": [rank] * len(pairs),
         "cost": first.d_in + first.d_out,
-        "width": math.sqrt(first.d_in * first.d_out),
+        "unit": math.sqrt(REFERENCE_WIDTH * max(first.d_in, first.d_out)) / width,
         "steps": 0,
         "skipped": 0,
         "settled": False,

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from geolora.buckets import (
-    by_shape,
     fingerprints,
     make_masters,
-    new_group,
+    new_groups,
     new_probes,
     pairs_of,
     phase_of,
@@ -50,10 +49,10 @@ from geolora.pairs import (
 from geolora.rest import SETTINGS, adamw_step
 
 MOMENTS = ("adaptive", "momentum", "none")
-DEFAULT_LR = {"adaptive": 8e-3, "momentum": 1e-2, "none": 1e-1}
-REFERENCE_WIDTH = 1024.0
-"""sqrt(d_out * d_in) of a layer whose adaptive step has spectral norm lr; else sqrt(1024 / it)."""
+DEFAULT_LR = {"adaptive": 5e-3, "momentum": 1e-2, "none": 1e-1}
 SOFTEN = 0.01
+REFERENCE_RANK = 8.0
+"""Rank at which an adaptive step has the size that `lr` says; elsewhere sqrt(8 / rank) of it."""
 SKIPS_ALLOWED = 20
 
 
@@ -76,7 +75,10 @@ class GeoLoRA(torch.optim.Optimizer):
             embeddings) is trained by AdamW.
         lr: step size; None takes a default per `moments`. Unit for "none" and "momentum": change
             of W per unit of gradient, whatever lora_alpha. For "adaptive": about the spectral norm of
-            the change of a layer of width sqrt(d_out * d_in) = 1024, times sqrt(1024 / width) elsewhere.
+            one step's change of a square layer of rank 8 in a model of width 1024; elsewhere times
+            sqrt(1024 * max(d_out, d_in)) / width, where width is the geometric mean of
+            sqrt(d_out * d_in) over the layers, and times sqrt(8 / rank): the Frobenius norm of a
+            step is the same at every rank.
         rest_lr: step size of AdamW for everything else that is trainable.
         moments: "adaptive" (momentum with Nesterov's look ahead, then every direction moves at a like
             speed), "momentum" (heavy ball, carried to each new tangent space) or "none" (the
@@ -84,7 +86,8 @@ class GeoLoRA(torch.optim.Optimizer):
         momentum: factor of the momentum before, in [0, 1); not used with moments="none".
         start_rank: slots to start with where B = 0; None for all r of the pair.
         tail: fraction of ||sigma||_2 a layer may lose when judged, in [0, 1).
-        prune_every: steps in a cycle; 1 judges at every step, as in the paper; None keeps the rank.
+        prune_every: steps in a cycle; 1 judges at every step, as in the paper; None has no cycle: the
+            rank grows until it is judged once, at `settle_after`, or is kept where that is None.
         settle_after: number of steps after which the rank is judged a last time and then kept.
         budget: adapter parameters, sum of rank * (d_in + d_out), kept at every judgement.
         max_tangent_norm: bound on the norm of P(W)G over all layers; larger ones are scaled down.
@@ -162,7 +165,7 @@ class GeoLoRA(torch.optim.Optimizer):
             "budget": budget,
             "max_tangent_norm": max_tangent_norm,
         }
-        groups = [new_group(bucket, settings) for bucket in by_shape(pairs)]
+        groups = new_groups(pairs, settings)
         paired = {id(p) for group in groups for p in group["params"]}
         rest = [p for p in model.parameters() if p.requires_grad and id(p) not in paired]
         if rest:
@@ -341,21 +344,27 @@ class GeoLoRA(torch.optim.Optimizer):
             rates, caps = [], []
             for move in due:
                 group, count = move.group, len(move.live)
-                wide = group["moments"] == "adaptive"
-                factor = math.sqrt(REFERENCE_WIDTH / group["width"]) if wide else 1.0
-                rates += [float(group["lr"]) * factor] * count
+                rates.append(self._rates(move))
                 caps += group["ranks"] if phase_of(group) == "hold" else [slots] * count
             adaptive = due[0].group["moments"] == "adaptive"
             ends = method.step(
                 [move.point for move in due],
                 [move.M for move in due],
-                torch.tensor(rates, dtype=torch.float64, device=device),
+                torch.cat(rates),
                 torch.tensor(caps, device=device),
                 method.Spectral([self._ahead(move) for move in due], SOFTEN) if adaptive else None,
             )
             for i, (new, carried) in zip(indices, ends, strict=True):
                 moves[i] = moves[i]._replace(new=new, carried=carried, written=True)
         return moves
+
+    def _rates(self, move: "_Move") -> Tensor:
+        """The step size of every layer of a bucket (n,), float64."""
+        lr, V = float(move.group["lr"]), move.point.V
+        if move.group["moments"] != "adaptive":
+            return V.new_full((len(V),), lr, dtype=torch.float64)
+        used = (V != 0).any(-2).sum(-1).clamp(min=1)  # directions, probes included
+        return lr * move.group["unit"] * (REFERENCE_RANK / used.double()).sqrt()
 
     def _ahead(self, move: "_Move") -> method.Momentum:
         """Nesterov's look ahead: the gradient + b M = (1 + b) M - b M_before, for M = b M_before + G."""

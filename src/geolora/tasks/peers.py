@@ -42,8 +42,8 @@ OWN_START = ("pissa", "eva", "adalora")
 CAN_RESUME = tuple(method for method in METHODS if method != "adalora")
 EVA_BATCHES = 64
 """Batches EVA's start may look at; it stops by itself when its directions are stable."""
-SETTLE = 0.9
-"""Share of the steps after which GeoLoRA's ranks are judged a last time and then kept."""
+JUDGE = 0.1
+"""Share of the steps after which GeoLoRA's ranks are judged, once, and then kept."""
 ADALORA_WARMUP, ADALORA_FINAL = 0.1, 0.4
 """Shares of the steps before AdaLoRA's ranks fall and after they are final: PEFT has no default
 that works (0 and 0: the final mask is then never made), the paper's GLUE runs are near these."""
@@ -152,7 +152,8 @@ def optimizer_of(config: "TrainConfig", total: int) -> tuple[type, dict[str, Any
             "start_rank": config.start_rank,
             "tail": config.tail,
             "budget": config.budget,
-            "settle_after": int(SETTLE * total),
+            "prune_every": None,
+            "settle_after": int(JUDGE * total),
         }
         return for_trainer("geolora", **settings)
     if config.method == "riemannian":
