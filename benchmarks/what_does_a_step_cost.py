@@ -31,6 +31,7 @@ from torch import Tensor, nn
 import geolora
 from geolora.buckets import phase_of
 from geolora.cli.demo import model_folder
+from geolora.pairs import find_pairs
 
 CYCLE, WARM_UP = 25, 3
 TARGETS = r".*encoder\.layer\.\d+\..*(query|key|value|dense)"
@@ -85,6 +86,10 @@ def contestants(r: int, steps: int) -> dict[str, Contestant]:
     for moments in ("none", "momentum", "adaptive"):
         model = lora()
         made[f"GeoLoRA, {moments}"] = Contestant(model, geolora.GeoLoRA(model, moments=moments))
+    model = lora()
+    half = sum(pair.A.numel() + pair.B.numel() for pair in find_pairs(model)) // 2
+    once = geolora.GeoLoRA(model, budget=half, prune_every=None, settle_after=1)
+    made["GeoLoRA, adaptive, held at half"] = Contestant(model, once)
     return made
 
 

@@ -353,10 +353,25 @@ class GeoLoRA(torch.optim.Optimizer):
                 torch.cat(rates),
                 torch.tensor(caps, device=device),
                 method.Spectral([self._ahead(move) for move in due], SOFTEN) if adaptive else None,
+                self._width(due),
             )
             for i, (new, carried) in zip(indices, ends, strict=True):
                 moves[i] = moves[i]._replace(new=new, carried=carried, written=True)
         return moves
+
+    def _width(self, due: list["_Move"]) -> int:
+        """Slots that may be filled after this step: those filled now, at most twice as many."""
+        place = torch.arange(1, due[0].point.V.shape[-1] + 1, device=due[0].point.V.device)
+        filled = [
+            ((part != 0).any(-2) * place).amax()
+            for move in due
+            for part in (move.point.U, move.point.V)
+        ]
+        last = max(1, int(torch.stack(filled).amax()))
+        if all(phase_of(move.group) == "hold" for move in due):
+            cap = max(rank for move in due for rank in move.group["ranks"])
+            return max(last, min(2 * last, cap))
+        return 2 * last
 
     def _rates(self, move: "_Move") -> Tensor:
         """The step size of every layer of a bucket (n,), float64."""

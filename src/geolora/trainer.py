@@ -8,7 +8,7 @@ Trainer's `learning_rate` is not used then: lr belongs to the method. Its gradie
 
 import inspect
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -80,18 +80,30 @@ def for_trainer(method: str, **settings: Any) -> tuple[type, dict[str, Any]]:
     return FACTORIES[method], settings
 
 
-def ranks_of(optimizer: Any) -> tuple[int, int] | None:
-    """Total settled rank and adapter parameters of a (wrapped) GeoLoRA; None for other optimizers."""
+class Ranks(NamedTuple):
+    """Total settled rank of an optimizer, its adapter parameters, and their budget."""
+
+    rank: int
+    adapter_parameters: int
+    budget: int | None
+
+
+def ranks_of(optimizer: Any) -> Ranks | None:
+    """What a (wrapped) GeoLoRA has settled; None for other optimizers."""
     while not isinstance(optimizer, GeoLoRA):
         inner = getattr(optimizer, "optimizer", None)
         if inner is None or inner is optimizer:
             return None
         optimizer = inner
-    return sum(optimizer.settled_ranks().values()), optimizer.adapter_parameters()
+    return Ranks(
+        sum(optimizer.settled_ranks().values()),
+        optimizer.adapter_parameters(),
+        optimizer.param_groups[0]["budget"],
+    )
 
 
 def progress_callback() -> Any:
-    """A Trainer callback: a progress bar with loss, settled rank and adapter parameters.
+    """A Trainer callback: a progress bar with loss, settled rank and parameters of the budget.
 
     It only reads. It also adds `rank` and `adapter_parameters` to what Trainer logs.
     """
@@ -117,10 +129,12 @@ def progress_callback() -> Any:
             shown = {"loss": f"{logs['loss']:.3f}"}
             found = ranks_of(given.get("optimizer"))
             if found is not None:
-                new = {"rank": found[0], "adapter_parameters": found[1]}
+                new = {"rank": found.rank, "adapter_parameters": found.adapter_parameters}
                 logs.update(new)
                 state.log_history[-1].update(new)
-                shown |= {"rank": str(found[0]), "parameters": str(found[1])}
+                limit = f" of {found.budget:,}" if found.budget is not None else ""
+                used = f"{found.adapter_parameters:,}{limit}"
+                shown |= {"rank": str(found.rank), "parameters": used}
             self.bar.set_postfix(shown, refresh=False)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002

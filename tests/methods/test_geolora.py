@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+from torch import nn
 
 import reference
 from geolora.kernels.tangent import project, to_dense
@@ -232,6 +233,29 @@ def test_batch_equals_loop(soften: float | None) -> None:
             there = to_dense(carried.K[i], carried.L[i], new.U[i], new.V[i])
             assert difference(there, wanted) < LIMIT, "the momentum is carried by projection"
             at += 1
+
+
+@pytest.mark.parametrize("soften", [None, 0.01])
+def test_idle_slots_can_be_left_out(soften: float | None) -> None:
+    point = start(SPECTRA["plain"])
+    M = tangent(normal(D_OUT, D_IN, seed=21), point)
+    lr, cap = torch.tensor([0.3], dtype=torch.float64), torch.tensor([2 * R])
+    wide, far = (type(x)(*(nn.functional.pad(part, (0, 9)) for part in x)) for x in (point, M))
+    stacked = [type(x)(*(part[None] for part in x)) for x in (wide, far)]
+    spectral = None if soften is None else Spectral(stacked[1:], soften)
+    ends = [
+        step(stacked[:1], stacked[1:], lr, cap, spectral, width)[0] for width in (None, 2 * R, R)
+    ]
+    for new, carried in ends:
+        assert new.U.shape == stacked[0].U.shape
+        assert carried.L.shape == stacked[1].L.shape
+    (whole, moved), (narrow, also), (held, _) = ends
+    assert difference(dense(narrow), dense(whole)) < LIMIT
+    there, wanted = (to_dense(*m, p.U, p.V) for p, m in ((narrow, also), (whole, moved)))
+    assert difference(there, wanted) < LIMIT
+    assert int((whole.sigma > 0).sum()) == 2 * R, "it did grow"
+    assert int((held.sigma > 0).sum()) == R, "no more than the width"
+    assert difference(held.sigma[..., :R], whole.sigma[..., :R]) < LIMIT
 
 
 def test_every_direction_moves_at_a_like_speed() -> None:

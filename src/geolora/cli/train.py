@@ -53,16 +53,17 @@ def run(arguments: argparse.Namespace) -> None:
     config = TrainConfig(**{**written, **given})
     report = task.run(config)
     draw_rank_map(config.output)
-    print(summary(report, config.output))
+    print(summary(report, config.output, config.budget))
 
 
-def summary(report: dict, output: str) -> str:
+def summary(report: dict, output: str, budget: int | None = None) -> str:
     """What a person wants to know when a run ends."""
+    limit = f" of a budget of {budget:,}" if budget is not None else ""
     ranks = list(report["ranks"].values())
     return (
         f"{report['metric']} {report['value']:.4f} after {report['steps']} steps "
         f"({report['seconds_per_step']:.3f} s each)\n"
-        f"adapter: {report['adapter_parameters']:,} parameters in {len(ranks)} layers, "
+        f"adapter: {report['adapter_parameters']:,} parameters{limit} in {len(ranks)} layers, "
         f"ranks {min(ranks)} to {max(ranks)} (file: {report['exported_parameters']:,})\n"
         f"written: {output}/adapter, {output}/report.json"
     )

@@ -54,6 +54,7 @@ def step(
     lr: Tensor,
     cap: Tensor,
     spectral: Spectral | None = None,
+    width: int | None = None,
 ) -> list[tuple[Point, Momentum]]:
     """W+ = truncate(W - lr D) along D = M for tangent matrices M, and M carried to W+.
 
@@ -75,6 +76,8 @@ def step(
             norm of the change (before P(W) exactly that, as e -> 0).
         cap: (N,) integers, the rank to keep at most.
         spectral: None, or what makes the step a normalised one.
+        width: leading slots that are filled now or may be after the step, at most twice those filled
+            now; all others are idle and cost nothing. None for all slots.
 
     Returns:
         The new points, in the same slots, and the parts of P(W+)M there. Where W+ = 0 the old
@@ -85,38 +88,43 @@ def step(
         Factors in the dtype of the points, everything between in float64. Singular values are
         kept when they exceed eps * sigma_1 of the factors' dtype.
     """
-    slots, dtype = points[0].sigma.shape[-1], points[0].sigma.dtype
-    bases = [point.U for point in points] + [point.V for point in points]
-    parts = [M.K for M in moves] + [M.L for M in moves]
+    idle, dtype = 0, points[0].sigma.dtype
+    slots = points[0].sigma.shape[-1]
+    if width is not None and width < slots:
+        slots, idle = width, slots - width
+    bases = [point.U[..., :slots] for point in points] + [point.V[..., :slots] for point in points]
+    parts = [M.K[..., :slots] for M in moves] + [M.L[..., :slots] for M in moves]
     spans = [span(basis, part) for basis, part in zip(bases, parts, strict=True)]
     grams = torch.cat([gram for _, gram, _ in spans])
     turns = orthonormal(grams, slots)  # [U | U~] = Z @ turn
     move = core_of(*(turns.mT @ torch.cat([C for _, _, C in spans])).chunk(2))
     along = move
     if spectral is not None:
-        parts = [N.K for N in spectral.ahead] + [N.L for N in spectral.ahead]
+        parts = [N.K[..., :slots] for N in spectral.ahead]
+        parts += [N.L[..., :slots] for N in spectral.ahead]
         seen = [Z.mT @ part.double() for (Z, _, _), part in zip(spans, parts, strict=True)]
         along = core_of(*(turns.mT @ torch.cat(seen)).chunk(2))
         along = soft_sign(along, spectral.soften)
         along[..., slots:, slots:] = 0
-    sigma = torch.cat([point.sigma for point in points]).double()
+    sigma = torch.cat([point.sigma[..., :slots] for point in points]).double()
     core = torch.diag_embed(torch.nn.functional.pad(sigma, (0, slots)))
     core = core - lr[:, None, None] * along
 
     P, values, Qt = torch.linalg.svd(core)
     tolerance = max(torch.finfo(dtype).eps, core.shape[-1] * torch.finfo(core.dtype).eps)
     keep = leading(torch.minimum(numerical_rank(values, tolerance), cap), slots)
-    values = (values[:, :slots] * keep).to(dtype)
+    values = torch.nn.functional.pad((values[:, :slots] * keep).to(dtype), (0, idle))
     # where nothing is left of W: the old right vectors, and left ones that have no right one
     old = torch.eye(2 * slots, slots, device=core.device, dtype=core.dtype)
     alone = grams.chunk(2)[1].diagonal(dim1=-2, dim2=-1)[:, None, :slots] == 0
     keep = keep.unsqueeze(-2)
     P = torch.where(keep[..., :1], P[..., :slots] * keep, old * alone)
     Q = torch.where(keep[..., :1], Qt.mT[..., :slots] * keep, old)
+    P, Q = torch.nn.functional.pad(P, (0, idle)), torch.nn.functional.pad(Q, (0, idle))
     onto = turns @ torch.cat([torch.cat([P, Q]), torch.cat([move @ Q, move.mT @ P])], dim=-1)
     count = [len(point.sigma) for point in points]
     ends = [  # U+ and K+, then V+ and L+
-        [part.to(dtype).mT for part in torch.bmm(on.mT, Z.mT).split(slots, dim=-2)]
+        [part.to(dtype).mT for part in torch.bmm(on.mT, Z.mT).split(slots + idle, dim=-2)]
         for (Z, _, _), on in zip(spans, onto.split(count * 2), strict=True)
     ]
     return [
