@@ -24,14 +24,17 @@ def main() -> None:
     configs = {cell.task: cell.config for cell in plan.cells}
     labels = {task: load(config).held_out_labels for task, config in configs.items()}
     methods = list(dict.fromkeys(cell.method for cell in plan.cells))
-    results = []
+    seeds, results = {cell.seed for cell in plan.cells}, []
     for path in sorted((plan.output / "runs").rglob("seed-*.json")):
         found = NAME.search(path.as_posix())
         if not found or found[1] not in configs or found[2] not in methods:
             continue
         lr = None if found[3] == "default" else float(found[3])
         cell = Cell(found[1], found[2], lr, int(found[4]), configs[found[1]])
-        results.append((cell, json.loads(path.read_text(encoding="utf-8"))))
+        run = json.loads(path.read_text(encoding="utf-8"))
+        if cell.seed not in seeds:  # made at the step size that had been chosen: no say in it
+            run["choice"] = None
+        results.append((cell, run))
     tasks = list(configs)
     results.sort(key=lambda pair: (tasks.index(pair[0].task), methods.index(pair[0].method)))
     summary = summarise(results, labels, plan.against)

@@ -324,14 +324,18 @@ def test_the_mean_over_tasks_has_an_interval_of_its_own() -> None:
     assert "mean  ours" in table(summary)
 
 
-def test_a_step_size_with_more_seeds_is_compared_on_the_common_ones() -> None:
+def test_runs_made_after_the_choice_do_not_change_it() -> None:
     results = [
         result("t", "a", 0.1, 0, [1, 0], choice=0.8),
         result("t", "a", 0.2, 0, [1, 1], choice=0.7),
-        result("t", "a", 0.1, 1, [1, 0], choice=0.1),  # 0.2 was not run with this seed
+        result("t", "a", 0.1, 1, [1, 1], choice=0.1),
     ]
     (row,) = summarise(results, {"t": [1, 1]}, "a")["rows"]
-    assert (row["lr"], row["seeds"]) == (0.1, 2)
+    assert (row["lr"], row["seeds"]) == (0.2, 1)
+    results[2][1]["choice"] = None  # another seed at the step size that had been chosen
+    (row,) = summarise(results, {"t": [1, 1]}, "a")["rows"]
+    assert (row["lr"], row["seeds"], row["value"]) == (0.1, 2, 0.75)
+    assert row["choice"] == 0.8
 
 
 def test_only_common_seeds_are_paired() -> None:

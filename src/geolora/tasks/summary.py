@@ -86,16 +86,15 @@ def summarise(
 def _best_lr(runs: dict[float | None, list[dict[str, Any]]]) -> float | None:
     """The step size with the best mean score on the choosing rows; the smaller one of equals.
 
-    Over the seeds that all step sizes have. One at which any of these diverged is taken only where
-    all have.
+    A run whose `choice` is None takes no part: it was made for the step size that had been chosen.
+    One at which any seed diverged is taken only where all have.
     """
-    common = set.intersection(*({run["seed"] for run in found} for found in runs.values()))
 
     def worth(lr: float | None) -> tuple[bool, float, float]:
-        of_lr = [run for run in runs[lr] if run["seed"] in common]
-        whole = [run["choice"] for run in of_lr if not run["failure"]]
-        mean = statistics.fmean(whole) if whole else -math.inf
-        return len(whole) == len(of_lr), mean, -(lr or 0.0)
+        whole = [run["choice"] for run in runs[lr] if not run["failure"]]
+        scores = [score for score in whole if score is not None]
+        mean = statistics.fmean(scores) if scores else -math.inf
+        return len(whole) == len(runs[lr]), mean, -(lr or 0.0)
 
     return max(runs, key=worth)
 
@@ -109,7 +108,7 @@ def _scores(runs: list[dict[str, Any]]) -> dict[str, Any]:
         "diverged": len(runs) - len(whole),
         "value": _mean(values),
         "spread": statistics.stdev(values) if len(values) > 1 else None,
-        "choice": _mean([run["choice"] for run in whole]),
+        "choice": _mean([run["choice"] for run in whole if run["choice"] is not None]),
         "train_loss": _mean([run["report"]["train_loss"] for run in whole]),
     }
 
