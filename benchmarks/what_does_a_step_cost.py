@@ -89,7 +89,7 @@ def contestants(r: int, steps: int) -> dict[str, Contestant]:
     model = lora()
     half = sum(pair.A.numel() + pair.B.numel() for pair in find_pairs(model)) // 2
     once = geolora.GeoLoRA(model, budget=half, prune_every=None, settle_after=1)
-    made["GeoLoRA, adaptive, held at half"] = Contestant(model, once)
+    made["GeoLoRA, half held"] = Contestant(model, once)
     return made
 
 

@@ -112,6 +112,40 @@ def test_unit_of_lr_follows_the_shapes_of_all_layers() -> None:
         assert float(size.detach()) == pytest.approx(wanted, rel=1e-9)
 
 
+def test_a_budget_goes_where_the_loss_falls_and_survives_a_checkpoint() -> None:
+    """Two layers of one shape: with normalised steps their sigmas are alike, their gradients not."""
+    settings = {"budget": 5 * 16, "tail": 0.0, "prune_every": None, "settle_after": 4}
+
+    def made() -> tuple[nn.Module, geolora.GeoLoRA]:
+        torch.manual_seed(0)
+        base = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)).double()
+        config = LoraConfig(r=4, lora_alpha=4, target_modules=["0", "1"])
+        model = get_peft_model(base, config, autocast_adapter_dtype=False)
+        return model, geolora.GeoLoRA(model, **settings)
+
+    def advance(model: nn.Module, optimizer: geolora.GeoLoRA, steps: range) -> None:
+        for number in steps:
+            generator = torch.Generator().manual_seed(number)
+            for size, (_, A, B, scale) in zip((1.0, 0.1), pairs_of(model), strict=True):
+                G = size * torch.randn(8, 8, generator=generator).double()
+                A.grad, B.grad = scale * B.detach().mT @ G, scale * G @ A.detach().mT
+            optimizer.step()
+
+    model, optimizer = made()
+    advance(model, optimizer, range(3))
+    again, resumed = made()
+    again.load_state_dict(model.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    sigma = masters(optimizer)["sigma"]
+    assert 0.5 < float(sigma[0].sum() / sigma[1].sum()) < 2.0
+    for one, its in ((model, optimizer), (again, resumed)):
+        advance(one, its, range(3, 7))
+        assert its.settled_ranks() == {"0": 4, "1": 1}
+        assert its.adapter_parameters() == settings["budget"]
+    assert same(products(model), products(again))
+    assert not masters(optimizer)["gain"].any(), "counted anew after the judgement"
+
+
 @pytest.mark.parametrize("moments", MOMENTS)
 def test_float32_follows_float64(moments: str) -> None:
     wide, narrow = OneLayer(r=8, scale=1.0), OneLayer(r=8, scale=1.0, dtype=torch.float32)

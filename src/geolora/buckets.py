@@ -74,13 +74,20 @@ def _new_group(pairs: list[Pair], width: float, settings: dict[str, Any]) -> dic
     }
 
 
-def master_shapes(group: dict[str, Any], moments: str) -> dict[str, tuple[int, ...]]:
-    """Masters U (n, d_out, r), sigma (n, r), V (n, d_in, r), and momentum K, L like U, V."""
+def by_gain(settings: dict[str, Any]) -> bool:
+    """Whether the budget is shared out by what directions gain, and not by sigma."""
+    return settings["moments"] == "adaptive" and settings["budget"] is not None
+
+
+def master_shapes(group: dict[str, Any], settings: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Masters U (n, d_out, r), sigma (n, r), V (n, d_in, r), momentum K, L like U, V, and gain (n, r)."""
     A, B = group["params"][:2]
     n, r, d_out, d_in = len(group["layers"]), A.shape[0], B.shape[0], A[0].numel()
     shapes = {"U": (n, d_out, r), "sigma": (n, r), "V": (n, d_in, r)}
-    if moments != "none":
+    if settings["moments"] != "none":
         shapes |= {"K": (n, d_out, r), "L": (n, d_in, r)}
+    if by_gain(settings):
+        shapes["gain"] = (n, r)
     return shapes
 
 
@@ -88,7 +95,7 @@ def make_masters(state: dict[str, Any], group: dict[str, Any]) -> None:
     """Zero masters and momentum, in float32 or the wider dtype of A."""
     A = group["params"][0]
     dtype = torch.promote_types(A.dtype, torch.float32)
-    for key, shape in master_shapes(group, group["moments"]).items():
+    for key, shape in master_shapes(group, group).items():
         state[key] = torch.zeros(shape, dtype=dtype, device=A.device)
 
 
@@ -119,7 +126,7 @@ def refuse_other_state(groups: list[dict[str, Any]], state_dict: dict[str, Any])
                 f"GeoLoRA.load_state_dict: the state must be whole; `{missing[0]}` of "
                 f"{group['layers'][0]} is missing. Take an earlier checkpoint."
             )
-        for key, shape in master_shapes(group, saved["moments"]).items():
+        for key, shape in master_shapes(group, saved).items():
             if key not in first:
                 raise StateError(
                     f"GeoLoRA.load_state_dict: the state must be whole; `{key}` of "

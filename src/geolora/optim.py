@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from geolora.buckets import (
+    by_gain,
     fingerprints,
     make_masters,
     new_groups,
@@ -89,7 +90,9 @@ class GeoLoRA(torch.optim.Optimizer):
         prune_every: steps in a cycle; 1 judges at every step, as in the paper; None has no cycle: the
             rank grows until it is judged once, at `settle_after`, or is kept where that is None.
         settle_after: number of steps after which the rank is judged a last time and then kept.
-        budget: adapter parameters, sum of rank * (d_in + d_out), kept at every judgement.
+        budget: adapter parameters, sum of rank * (d_in + d_out), kept at every judgement. Shared out by
+            what directions gain per parameter: with moments="adaptive" the fall of the loss, to first
+            order, in the steps before; else sigma^2.
         max_tangent_norm: bound on the norm of P(W)G over all layers; larger ones are scaled down.
         adapter_name: which adapter of the model; None for the active one.
 
@@ -210,7 +213,9 @@ class GeoLoRA(torch.optim.Optimizer):
         ]
         if self._skip_non_finite(moves):
             return
-        moves = self._judged(self._advanced(self._bounded(moves)))
+        moves = self._bounded(moves)
+        self._weigh(moves)
+        moves = self._judged(self._advanced(moves))
         for move in moves:
             self._commit(move)
         for group in self._geometric():
@@ -332,6 +337,15 @@ class GeoLoRA(torch.optim.Optimizer):
             bounded.append(move._replace(M=M, carried=M))
         return bounded
 
+    def _weigh(self, moves: list["_Move"]) -> None:
+        """Add up what directions gain, from the growing to the judgement."""
+        for move in moves:
+            group = move.group
+            if by_gain(group) and phase_of(group) != "hold":
+                gain = self.state[group["params"][0]]["gain"]
+                now = group["unit"] * method.gains(move.M)
+                gain += _where(move.live, now, torch.zeros_like(now))
+
     def _advanced(self, moves: list["_Move"]) -> list["_Move"]:
         """The new points of all buckets, capped but not yet judged."""
         together: dict[Any, list[int]] = defaultdict(list)
@@ -399,6 +413,7 @@ class GeoLoRA(torch.optim.Optimizer):
             [move.group["cost"] for move in due for _ in move.live],
             settings["tail"],
             settings["budget"],
+            self._worth(due) if by_gain(settings) else None,
         )
         judged = []
         for move in due:
@@ -410,6 +425,14 @@ class GeoLoRA(torch.optim.Optimizer):
             live = [True] * len(move.live)
             judged.append(move._replace(new=new, carried=carried, live=live, written=True))
         return judged
+
+    def _worth(self, due: list["_Move"]) -> list[Tensor]:
+        """What the directions of all layers have gained since the last judgement; counted anew."""
+        gains = [self.state[move.group["params"][0]]["gain"] for move in due]
+        worth = [row for gain in gains for row in gain.double().cpu()]
+        for gain in gains:
+            gain.zero_()
+        return worth
 
     # ---- writing -------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import reference
 from geolora.kernels.tangent import project, to_dense
-from geolora.methods.geolora import Momentum, Point, Spectral, cut, soft_sign, step
+from geolora.methods.geolora import Momentum, Point, Spectral, cut, gains, soft_sign, step
 from tolerances import bound, difference
 
 D_OUT, D_IN, R = 14, 11, 4
@@ -269,6 +269,17 @@ def test_every_direction_moves_at_a_like_speed() -> None:
     change = dense(advance(point, M, 0.25, soften=0.01))
     soft = reference.soft_sign(reference.projection(M, point.U, point.V), 0.01)
     assert difference(change, -0.25 * reference.projection(soft, point.U, point.V)) < LIMIT
+
+
+def test_gains_are_those_of_the_two_parts_in_any_basis() -> None:
+    point, M = start(SPECTRA["plain"]), normal(D_OUT, D_IN, seed=23)
+    found = gains(tangent(M, point))
+    wanted = torch.linalg.svdvals(M @ point.V) + torch.linalg.svdvals(M.mT @ point.U)
+    assert difference(found, wanted) < LIMIT
+    turn = torch.eye(2 * R, dtype=torch.float64)
+    turn[:R, :R] = torch.linalg.qr(normal(R, R, seed=24))[0]
+    turned = Point(point.U @ turn, point.sigma, point.V @ turn)
+    assert difference(gains(tangent(M, turned)), wanted) < LIMIT
 
 
 def test_an_empty_layer_keeps_its_probes() -> None:

@@ -75,7 +75,11 @@ def ranks_in_budget(
 
 
 def settled_ranks(
-    sigmas: Sequence[Tensor], costs: Sequence[int], tail: float, budget: int | None
+    sigmas: Sequence[Tensor],
+    costs: Sequence[int],
+    tail: float,
+    budget: int | None,
+    worth: Sequence[Tensor] | None = None,
 ) -> list[int]:
     """The rank of every layer when it is judged: by its tail, then by a budget over all layers.
 
@@ -85,10 +89,13 @@ def settled_ranks(
         sigmas: per layer (k_i,), descending, non-negative.
         costs, budget: as in `ranks_in_budget`; budget None means no limit.
         tail: as in `rank_by_tail`.
+        worth: per layer (k_i,), descending: what the budget is shared out by; None for sigma^2.
     """
     ranks = [int(rank_by_tail(sigma, tail)) for sigma in sigmas]
     if budget is not None:
         empty = sum(cost for rank, cost in zip(ranks, costs, strict=True) if rank == 0)
+        if worth is not None:  # a direction that is there counts, whatever it is worth
+            sigmas = [values.double().clamp(min=1e-60).sqrt() for values in worth]
         rows = [sigma[:rank] for sigma, rank in zip(sigmas, ranks, strict=True)]
         ranks = ranks_in_budget(rows, costs, budget - empty)
     return [max(1, rank) for rank in ranks]

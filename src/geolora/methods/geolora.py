@@ -135,6 +135,17 @@ def step(
     ]
 
 
+def gains(M: Momentum) -> Tensor:
+    """What directions are worth, (n, r) descending: how fast the loss falls along each, to first order.
+
+    A step of spectral norm 1 in all of K = M V lowers <M, W> by the sum of its singular values, and one
+    in L = M^T U likewise: per direction the two together, in float64. They do not depend on the
+    basis inside the subspace, nor on sigma.
+    """
+    squares = torch.stack([part.double().mT @ part.double() for part in M])
+    return torch.linalg.eigvalsh(squares).clamp(min=0).sqrt().sum(0).flip(-1)
+
+
 def soft_sign(move: Tensor, soften: float) -> Tensor:
     """Replace every singular value t by t / (t + soften * t_1); zero stays zero.
 
