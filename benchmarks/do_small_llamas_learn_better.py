@@ -52,11 +52,11 @@ def batches(tokens: Tensor, steps: int, seed: int) -> Iterator[Tensor]:
         yield torch.stack([tokens[at : at + LENGTH] for at in starts.tolist()])
 
 
-def adapted(folder: Path, seed: int, rank: int = RANK) -> nn.Module:
+def adapted(folder: Path, seed: int) -> nn.Module:
     """The model with LoRA on all its linear layers but the head."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", lora_dropout=0.0)
+    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", lora_dropout=0.0)
     return get_peft_model(model, config)
 
 
@@ -95,16 +95,14 @@ def train(
     return losses
 
 
-def one(
-    folder: Path, parts: tuple[Tensor, Tensor], method: str, lr: float | None, seed: int
-) -> Any:
-    """Train once; the held-out loss, and the mean of the last tenth of the training losses."""
+def one(folder: Path, parts: tuple[Tensor, Tensor], lr: float | None, seed: int) -> Any:
+    """Train once, LoRA at lr or GeoLoRA at its default; the held-out loss, and the mean of the last tenth of the training losses."""
     model = adapted(folder, seed)
-    if method == "lora":
+    if lr is not None:
         trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer: Any = torch.optim.AdamW(trained, lr=lr or 0.0, weight_decay=0.0)
+        optimizer: Any = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
     else:
-        optimizer = GeoLoRA(model, lr=lr, prune_every=None)
+        optimizer = GeoLoRA(model, prune_every=None)
     begun = time.perf_counter()
     losses = train(model, optimizer, parts[0], STEPS, seed)
     return {
@@ -132,7 +130,7 @@ def main() -> None:
                     key = f"{folder.name}/{method}/{'default' if lr is None else f'{lr:g}'}/{seed}"
                     if key in runs:
                         continue
-                    runs[key] = one(folder, parts, method, lr, seed)
+                    runs[key] = one(folder, parts, lr, seed)
                     print(key, runs[key], flush=True)
                     write(NAME, {"steps": STEPS, "rank": RANK, "runs": runs})
 

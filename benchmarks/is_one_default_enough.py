@@ -1,8 +1,8 @@
 """Is GeoLoRA at one default better than LoRA with its step size chosen per task? Mean of five tasks.
 
-    python benchmarks/is_one_default_enough.py benchmarks/five_tasks.yaml
+    python benchmarks/is_one_default_enough.py five_tasks.yaml
 
-Makes no runs: `geolora compare five_tasks.yaml` does. It joins what lies in the output folder of the file,
+Makes no runs: `geolora compare five_tasks.yaml` does, in the same folder. It joins what lies in its output,
 also runs that go beyond its grid (more seeds at the step size that was chosen), into one table and figures.
 """
 
