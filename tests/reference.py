@@ -90,7 +90,19 @@ class Plain:
         at, growing = self.steps % self.prune_every, self.prune_every // 6
         return "grow" if at < growing else "judge" if at == growing else "hold"
 
-    def step(self, G: Tensor) -> None:
+    @property
+    def unit(self) -> float:
+        d_out, d_in = self.W.shape
+        width = self.width or (d_out * d_in) ** 0.5
+        return (1024 * max(d_out, d_in)) ** 0.5 / width
+
+    def force(self, G: Tensor) -> float:
+        """The norm of the momentum that a step along G would have, in the layer's unit."""
+        M = self.momentum * self.M + projection(G, self.U, self.V)
+        return self.unit * float(M.norm())
+
+    def step(self, G: Tensor, share: float = 1.0) -> None:
+        """One step; `share` is what the layer takes of an adaptive step, 1 where it is alone."""
         phase = self.phase
         beta, used = 0.0 if self.moments == "none" else self.momentum, self.V.shape[1]
         before = self.M
@@ -102,9 +114,7 @@ class Plain:
             ahead = (1 + beta) * self.M - beta * before  # Nesterov: G + beta M
             ahead = U @ U.mT @ ahead @ V @ V.mT
             move = projection(soft_sign(ahead, self.soften), self.U, self.V)
-            d_out, d_in = self.W.shape
-            width = self.width or (d_out * d_in) ** 0.5
-            lr = lr * (1024 * max(d_out, d_in)) ** 0.5 / width * (8 / max(1, used)) ** 0.5
+            lr = share * lr * self.unit * (8 / max(1, used)) ** 0.5
         U, values, V = truncated(self.W - lr * move, self.settled if phase == "hold" else self.r)
         if phase == "judge":
             self.settled = max(1, tail_rank(values, self.tail))
@@ -126,6 +136,14 @@ class Plain:
         w = w - self.V @ (self.V.mT @ w)
         w = w - self.V @ (self.V.mT @ w)
         return w / w.norm()
+
+
+def step_all(layers: list[Plain], gradients: list[Tensor], power: float) -> None:
+    """One adaptive step of all layers: their sizes follow force^power, mean square 1."""
+    powers = [layer.force(G) ** power for layer, G in zip(layers, gradients, strict=True)]
+    size = (sum(p * p for p in powers) / len(powers)) ** 0.5
+    for layer, G, p in zip(layers, gradients, powers, strict=True):
+        layer.step(G, p / size if size else 1.0)
 
 
 def trajectory(plain: Plain, gradient: Callable[[Tensor], Tensor], steps: int) -> Iterator[Plain]:

@@ -24,6 +24,7 @@ from geolora.errors import (
 )
 from geolora.factors import slot_ranks
 from geolora.kernels.tangent import to_dense
+from geolora.methods.geolora import LAYER_POWER
 from geolora.pairs import find_pairs
 from models import OneLayer, backward, lora_net, pairs_of, products, same, snapshot, train
 from tolerances import bound, difference
@@ -96,20 +97,35 @@ def test_fast_step_equals_the_plain_reference(moments: str, scale: float, cycle:
         assert optimizer.settled_ranks() == {"0": plain.settled}
 
 
-def test_unit_of_lr_follows_the_shapes_of_all_layers() -> None:
-    """The first step of a wide layer beside a square one has the size the docstring gives."""
+def test_layers_share_a_step_by_shape_and_gradient_as_the_plain_reference_does() -> None:
+    """A square and a wide layer, one with ten times the gradient: 20 steps equal to the plain ones."""
     base = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 32, bias=False)).double()
     config = LoraConfig(r=2, lora_alpha=2, target_modules=["0", "1"])
     model = get_peft_model(base, config, autocast_adapter_dtype=False)
-    optimizer = geolora.GeoLoRA(model, lr=1e-3, momentum=0.0)
-    model(torch.randn(50, 8).double()).square().mean().backward()
-    optimizer.step()
+    optimizer = geolora.GeoLoRA(model, lr=1e-3, prune_every=None)
     width = math.sqrt(math.sqrt(8 * 8) * math.sqrt(8 * 32))
-    for (_, A, B, scale), longest in zip(pairs_of(model), (8, 32), strict=True):
-        # one-sided, W = -lr soft_sign(G V V^T): the largest value is exactly 1 / (1 + 0.01)
-        size = torch.linalg.matrix_norm(scale * B @ A, 2)
-        wanted = 1e-3 * math.sqrt(1024 * longest) / width * math.sqrt(8 / 2) / 1.01
-        assert float(size.detach()) == pytest.approx(wanted, rel=1e-9)
+    found = pairs_of(model)
+    plain = [
+        reference.Plain(
+            A.detach().clone(), B.detach().clone(), scale, name, 1e-3, "adaptive", prune_every=None
+        )
+        for name, A, B, scale in found
+    ]
+    for layer in plain:
+        layer.width = width
+    targets = [size * torch.randn_like(layer.W) for size, layer in zip((10.0, 1.0), plain, strict=True)]
+    for done in range(1, 21):
+        gradients = [layer.W - T for layer, T in zip(plain, targets, strict=True)]
+        for (_, A, B, scale), T in zip(found, targets, strict=True):
+            G = scale * B.detach() @ A.detach() - T
+            A.grad, B.grad = scale * B.detach().mT @ G, scale * G @ A.detach().mT
+        optimizer.step()
+        reference.step_all(plain, gradients, LAYER_POWER)
+        if done == 1:  # one-sided, W = -size soft_sign(G V V^T): the largest value is 1 / (1 + 0.01)
+            sizes = [float(layer.W.norm(p="nuc")) / layer.unit for layer in plain]
+            assert sizes[0] > 2 * sizes[1], "the larger gradient goes further"
+        for (_, A, B, scale), layer in zip(found, plain, strict=True):
+            assert difference(scale * (B @ A).detach(), layer.W) < done * bound(torch.float64, 32)
 
 
 def test_a_budget_goes_where_the_loss_falls_and_survives_a_checkpoint() -> None:

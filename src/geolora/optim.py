@@ -349,6 +349,7 @@ class GeoLoRA(torch.optim.Optimizer):
     def _advanced(self, moves: list["_Move"]) -> list["_Move"]:
         """The new points of all buckets, capped but not yet judged."""
         together: dict[Any, list[int]] = defaultdict(list)
+        shares = self._shares(moves)
         for i, move in enumerate(moves):
             if move.group["lr"] != 0.0 and any(move.live):
                 sigma = move.point.sigma
@@ -356,9 +357,9 @@ class GeoLoRA(torch.optim.Optimizer):
         for (slots, _, device), indices in together.items():
             due = [moves[i] for i in indices]
             rates, caps = [], []
-            for move in due:
+            for i, move in zip(indices, due, strict=True):
                 group, count = move.group, len(move.live)
-                rates.append(self._rates(move))
+                rates.append(self._rates(move, shares[i]))
                 caps += group["ranks"] if phase_of(group) == "hold" else [slots] * count
             adaptive = due[0].group["moments"] == "adaptive"
             ends = method.step(
@@ -385,13 +386,34 @@ class GeoLoRA(torch.optim.Optimizer):
             return max(last, min(2 * last, cap))
         return 2 * last
 
-    def _rates(self, move: "_Move") -> Tensor:
+    def _shares(self, moves: list["_Move"]) -> list[Tensor]:
+        """What the layers of every bucket take of an adaptive step (n,), float64; their mean square is 1.
+
+        A layer's share grows with its force, the Frobenius norm of its tangent gradient in its unit.
+        """
+        forces = [
+            move.group["unit"] * norm(*move.M, move.point.U).double()
+            if move.group["moments"] == "adaptive"
+            else move.point.V.new_ones(len(move.live), dtype=torch.float64)
+            for move in moves
+        ]
+        if not moves:
+            return forces
+        live = [live for move in moves for live in move.live]
+        device = forces[0].device
+        all_shares = method.shares(
+            torch.cat([force.to(device) for force in forces]), torch.tensor(live, device=device)
+        )
+        parts = all_shares.split([len(force) for force in forces])
+        return [part.to(force.device) for part, force in zip(parts, forces, strict=True)]
+
+    def _rates(self, move: "_Move", share: Tensor) -> Tensor:
         """The step size of every layer of a bucket (n,), float64."""
         lr, V = float(move.group["lr"]), move.point.V
         if move.group["moments"] != "adaptive":
             return V.new_full((len(V),), lr, dtype=torch.float64)
         used = _filled(V).sum(-1).clamp(min=1)  # directions, probes included
-        return lr * move.group["unit"] * (REFERENCE_RANK / used.double()).sqrt()
+        return share * lr * move.group["unit"] * (REFERENCE_RANK / used.double()).sqrt()
 
     def _ahead(self, move: "_Move") -> method.Momentum:
         """Nesterov's look ahead: the gradient + b M = (1 + b) M - b M_before, for M = b M_before + G."""

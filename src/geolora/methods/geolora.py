@@ -22,6 +22,11 @@ from geolora.kernels.tangent import core_of
 from geolora.kernels.truncate import leading, numerical_rank
 
 
+LAYER_POWER = 1.0
+"""How much a layer's share of an adaptive step follows its gradient; 0: all go equally far."""
+TINY = 1e-300
+
+
 class Point(NamedTuple):
     """W = U diag(sigma) V^T in r slots, sigma descending.
 
@@ -133,6 +138,27 @@ def step(
             ends[: len(count)], values.split(count), ends[len(count) :], strict=True
         )
     ]
+
+
+def shares(forces: Tensor, live: Tensor, power: float = LAYER_POWER) -> Tensor:
+    """How far each layer goes in an adaptive step: force^power, scaled to mean square 1.
+
+    With one step size u_l in every layer each goes as far as its unit lets it, the largest of
+    ||D_l|| / u_l being the norm that is bounded. Bounding the sum of their q-th powers instead, the
+    steepest descent goes u_l (u_l ||N_l||)^(1 / (q - 1)) far, ||N_l|| being the dual norm of the
+    gradient there: `power` is 1 / (q - 1), so 1 bounds the sum of squares and 0 is the largest again.
+    A layer that the loss hardly depends on then stays where it is instead of moving by noise.
+
+    Args:
+        forces: (N,), u_l ||N_l|| >= 0 of every layer.
+        live: (N,) booleans, the layers that have a gradient; the others take no part in the mean.
+
+    Returns:
+        (N,), 1 where no force is known (all of them zero).
+    """
+    powers = forces**power
+    size = (powers.square() * live).sum().div(live.sum().clamp(min=1)).sqrt()
+    return torch.where(size > 0, powers / size.clamp(min=TINY), torch.ones_like(powers))
 
 
 def gains(M: Momentum) -> Tensor:
