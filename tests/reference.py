@@ -138,12 +138,12 @@ class Plain:
         return w / w.norm()
 
 
-def step_all(layers: list[Plain], gradients: list[Tensor], power: float) -> None:
-    """One adaptive step of all layers: their sizes follow force^power, mean square 1."""
-    powers = [layer.force(G) ** power for layer, G in zip(layers, gradients, strict=True)]
-    size = (sum(p * p for p in powers) / len(powers)) ** 0.5
-    for layer, G, p in zip(layers, gradients, powers, strict=True):
-        layer.step(G, p / size if size else 1.0)
+def step_all(layers: list[Plain], gradients: list[Tensor]) -> None:
+    """One adaptive step of all layers: their sizes follow their forces, mean square 1."""
+    forces = [layer.force(G) for layer, G in zip(layers, gradients, strict=True)]
+    size = (sum(force**2 for force in forces) / len(forces)) ** 0.5
+    for layer, G, force in zip(layers, gradients, forces, strict=True):
+        layer.step(G, force / size if size else 1.0)
 
 
 def trajectory(plain: Plain, gradient: Callable[[Tensor], Tensor], steps: int) -> Iterator[Plain]:

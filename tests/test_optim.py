@@ -24,7 +24,6 @@ from geolora.errors import (
 )
 from geolora.factors import slot_ranks
 from geolora.kernels.tangent import to_dense
-from geolora.methods.geolora import LAYER_POWER
 from geolora.pairs import find_pairs
 from models import OneLayer, backward, lora_net, pairs_of, products, same, snapshot, train
 from tolerances import bound, difference
@@ -120,7 +119,7 @@ def test_layers_share_a_step_by_shape_and_gradient_as_the_plain_reference_does()
             G = scale * B.detach() @ A.detach() - T
             A.grad, B.grad = scale * B.detach().mT @ G, scale * G @ A.detach().mT
         optimizer.step()
-        reference.step_all(plain, gradients, LAYER_POWER)
+        reference.step_all(plain, gradients)
         if done == 1:  # one-sided, W = -size soft_sign(G V V^T): the largest value is 1 / (1 + 0.01)
             sizes = [float(layer.W.norm(p="nuc")) / layer.unit for layer in plain]
             assert sizes[0] > 2 * sizes[1], "the larger gradient goes further"
@@ -129,7 +128,7 @@ def test_layers_share_a_step_by_shape_and_gradient_as_the_plain_reference_does()
 
 
 def test_a_budget_goes_where_the_loss_falls_and_survives_a_checkpoint() -> None:
-    """Two layers of one shape: with normalised steps their sigmas are alike, their gradients not."""
+    """Two layers of one shape: the one has the large sigmas, the other the gradients."""
     settings = {"budget": 5 * 16, "tail": 0.0, "prune_every": None, "settle_after": 4}
 
     def made() -> tuple[nn.Module, geolora.GeoLoRA]:
@@ -137,6 +136,10 @@ def test_a_budget_goes_where_the_loss_falls_and_survives_a_checkpoint() -> None:
         base = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)).double()
         config = LoraConfig(r=4, lora_alpha=4, target_modules=["0", "1"])
         model = get_peft_model(base, config, autocast_adapter_dtype=False)
+        (_, A, B, _) = pairs_of(model)[1]
+        with torch.no_grad():
+            B.copy_(torch.linalg.qr(torch.randn(8, 4).double())[0])
+            A.copy_(torch.linalg.qr(torch.randn(8, 4).double())[0].mT)
         return model, geolora.GeoLoRA(model, **settings)
 
     def advance(model: nn.Module, optimizer: geolora.GeoLoRA, steps: range) -> None:
@@ -153,7 +156,7 @@ def test_a_budget_goes_where_the_loss_falls_and_survives_a_checkpoint() -> None:
     again.load_state_dict(model.state_dict())
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     sigma = masters(optimizer)["sigma"]
-    assert 0.5 < float(sigma[0].sum() / sigma[1].sum()) < 2.0
+    assert sigma[0].max() < sigma[1].min()
     for one, its in ((model, optimizer), (again, resumed)):
         advance(one, its, range(3, 7))
         assert its.settled_ranks() == {"0": 4, "1": 1}

@@ -79,7 +79,8 @@ class GeoLoRA(torch.optim.Optimizer):
             one step's change of a square layer of rank 8 in a model of width 1024; elsewhere times
             sqrt(1024 * max(d_out, d_in)) / width, where width is the geometric mean of
             sqrt(d_out * d_in) over the layers, and times sqrt(8 / rank): the Frobenius norm of a
-            step is the same at every rank.
+            step is the same at every rank. Layers take more or less of that in proportion to the
+            Frobenius norm of their momentum in that unit; the mean square of their shares is 1.
         rest_lr: step size of AdamW for everything else that is trainable.
         moments: "adaptive" (momentum with Nesterov's look ahead, then every direction moves at a like
             speed), "momentum" (heavy ball, carried to each new tangent space) or "none" (the
@@ -387,24 +388,14 @@ class GeoLoRA(torch.optim.Optimizer):
         return 2 * last
 
     def _shares(self, moves: list["_Move"]) -> list[Tensor]:
-        """What the layers of every bucket take of an adaptive step (n,), float64; their mean square is 1.
-
-        A layer's share grows with its force, the Frobenius norm of its tangent gradient in its unit.
-        """
-        forces = [
-            move.group["unit"] * norm(*move.M, move.point.U).double()
-            if move.group["moments"] == "adaptive"
-            else move.point.V.new_ones(len(move.live), dtype=torch.float64)
-            for move in moves
-        ]
-        if not moves:
-            return forces
-        live = [live for move in moves for live in move.live]
-        device = forces[0].device
-        all_shares = method.shares(
-            torch.cat([force.to(device) for force in forces]), torch.tensor(live, device=device)
-        )
-        parts = all_shares.split([len(force) for force in forces])
+        """What the layers of every bucket take of an adaptive step, (n,) float64 each; else ones."""
+        if not moves or moves[0].group["moments"] != "adaptive":
+            return [move.point.sigma.new_ones(len(move.live)).double() for move in moves]
+        forces = [m.group["unit"] * norm(*m.M, m.point.U).double() for m in moves]
+        device = forces[0].device  # layers may lie on several
+        live = torch.tensor([live for move in moves for live in move.live], device=device)
+        found = method.shares(torch.cat([force.to(device) for force in forces]), live)
+        parts = found.split([len(force) for force in forces])
         return [part.to(force.device) for part, force in zip(parts, forces, strict=True)]
 
     def _rates(self, move: "_Move", share: Tensor) -> Tensor:

@@ -62,7 +62,8 @@ def transport(
 
 def norm(K: Tensor, L: Tensor, U: Tensor) -> Tensor:
     """Frobenius norm (*batch,) of the tangent matrix with parts K and L."""
-    return inner(K, L, K, L, U).clamp(min=0).sqrt()
+    K, L, overlap = (torch.linalg.matrix_norm(part).square() for part in (K, L, U.mT @ K))
+    return (K + L - overlap).clamp(min=0).sqrt()
 
 
 def core_of(RK: Tensor, RL: Tensor) -> Tensor:

@@ -22,11 +22,6 @@ from geolora.kernels.tangent import core_of
 from geolora.kernels.truncate import leading, numerical_rank
 
 
-LAYER_POWER = 1.0
-"""How much a layer's share of an adaptive step follows its gradient; 0: all go equally far."""
-TINY = 1e-300
-
-
 class Point(NamedTuple):
     """W = U diag(sigma) V^T in r slots, sigma descending.
 
@@ -140,25 +135,24 @@ def step(
     ]
 
 
-def shares(forces: Tensor, live: Tensor, power: float = LAYER_POWER) -> Tensor:
-    """How far each layer goes in an adaptive step: force^power, scaled to mean square 1.
+def shares(forces: Tensor, live: Tensor) -> Tensor:
+    """How far each layer goes in an adaptive step, in its unit u_l: in proportion to its force.
 
-    With one step size u_l in every layer each goes as far as its unit lets it, the largest of
-    ||D_l|| / u_l being the norm that is bounded. Bounding the sum of their q-th powers instead, the
-    steepest descent goes u_l (u_l ||N_l||)^(1 / (q - 1)) far, ||N_l|| being the dual norm of the
-    gradient there: `power` is 1 / (q - 1), so 1 bounds the sum of squares and 0 is the largest again.
-    A layer that the loss hardly depends on then stays where it is instead of moving by noise.
+    A bound on the largest ||D_l|| / u_l lets every layer go equally far, also one that the loss
+    hardly depends on and that then moves by noise. Steepest descent under a bound on the sum of their
+    squares goes u_l ||N_l||* far, ||.||* being the dual norm of the gradient there. The size of a step
+    of a layer of rank k falls as 1 / sqrt(k), and its dual norm, the sum of k singular values, is about
+    sqrt(k) times the Frobenius norm: u_l ||N_l||_F is the force, whatever k.
 
     Args:
-        forces: (N,), u_l ||N_l|| >= 0 of every layer.
+        forces: (N,), u_l ||M_l||_F >= 0 of every layer.
         live: (N,) booleans, the layers that have a gradient; the others take no part in the mean.
 
     Returns:
-        (N,), 1 where no force is known (all of them zero).
+        (N,), of mean square 1 over the live layers; 1 where no force is known (all of them zero).
     """
-    powers = forces**power
-    size = (powers.square() * live).sum().div(live.sum().clamp(min=1)).sqrt()
-    return torch.where(size > 0, powers / size.clamp(min=TINY), torch.ones_like(powers))
+    size = (forces.square() * live).sum().div(live.sum().clamp(min=1)).sqrt()
+    return torch.where(size > 0, forces / size, torch.ones_like(forces))
 
 
 def gains(M: Momentum) -> Tensor:
