@@ -1,9 +1,10 @@
 """Is GeoLoRA at one default better than LoRA with its step size chosen per task? Mean of five tasks.
 
-    python benchmarks/is_one_default_enough.py five_tasks.yaml
+    python benchmarks/is_one_default_enough.py five_tasks.yaml adalora
 
 Makes no runs: `geolora compare five_tasks.yaml` does, in the same folder. It joins what lies in its output,
-also runs that go beyond its grid (more seeds at the step size that was chosen), into one table and figures.
+also runs that go beyond its grid (more step sizes, more seeds at the one that was chosen), into one table and
+figures. A further table has the differences to each method that is named, over the seeds that both have.
 """
 
 import json
@@ -43,6 +44,10 @@ def main() -> None:
     (plan.output / "table.txt").write_text(text + "\n", encoding="utf-8")
     figures(plan.output)
     print(text)
+    for method in sys.argv[2:]:
+        text = table(summarise(results, labels, method))
+        (plan.output / f"against_{method}.txt").write_text(text + "\n", encoding="utf-8")
+        print(text)
 
 
 if __name__ == "__main__":

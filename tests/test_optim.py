@@ -112,7 +112,9 @@ def test_layers_share_a_step_by_shape_and_gradient_as_the_plain_reference_does()
     ]
     for layer in plain:
         layer.width = width
-    targets = [size * torch.randn_like(layer.W) for size, layer in zip((10.0, 1.0), plain, strict=True)]
+    targets = [
+        size * torch.randn_like(layer.W) for size, layer in zip((10.0, 1.0), plain, strict=True)
+    ]
     for done in range(1, 21):
         gradients = [layer.W - T for layer, T in zip(plain, targets, strict=True)]
         for (_, A, B, scale), T in zip(found, targets, strict=True):
@@ -120,7 +122,9 @@ def test_layers_share_a_step_by_shape_and_gradient_as_the_plain_reference_does()
             A.grad, B.grad = scale * B.detach().mT @ G, scale * G @ A.detach().mT
         optimizer.step()
         reference.step_all(plain, gradients)
-        if done == 1:  # one-sided, W = -size soft_sign(G V V^T): the largest value is 1 / (1 + 0.01)
+        if (
+            done == 1
+        ):  # one-sided, W = -size soft_sign(G V V^T): the largest value is 1 / (1 + 0.01)
             sizes = [float(layer.W.norm(p="nuc")) / layer.unit for layer in plain]
             assert sizes[0] > 2 * sizes[1], "the larger gradient goes further"
         for (_, A, B, scale), layer in zip(found, plain, strict=True):
