@@ -82,7 +82,7 @@ REPORT = {
 def test_train_writes_an_adapter_that_stock_peft_loads(
     geolora: Callable, files: Path, tmp_path: Path
 ) -> None:
-    code, out, err = geolora("train", "--max-steps", 60, "--lr", "0.02", "--budget", "1200")
+    code, out, err = geolora("train", "--max-steps", 300, "--lr", "0.005", "--budget", "1200")
     assert code == 0, err
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report.keys() == REPORT
@@ -124,7 +124,7 @@ def test_train_lora_on_pairs_of_other_formats(
 
 def test_train_regression(geolora: Callable, tmp_path: Path) -> None:
     code, _, err = geolora(
-        "train", "--task", "text-regression", "--label", "score", "--lr", "0.014", "--max-steps", 60
+        "train", "--task", "text-regression", "--label", "score", "--lr", "0.007", "--max-steps", 300
     )
     assert code == 0, err
     report = json.loads((tmp_path / "out" / "report.json").read_text())
