@@ -112,6 +112,7 @@ def test_layers_share_a_step_by_shape_and_gradient_as_the_plain_reference_does()
     ]
     for layer in plain:
         layer.width = width
+    starts = [layer.V for layer in plain]
     targets = [
         size * torch.randn_like(layer.W) for size, layer in zip((10.0, 1.0), plain, strict=True)
     ]
@@ -122,10 +123,17 @@ def test_layers_share_a_step_by_shape_and_gradient_as_the_plain_reference_does()
             A.grad, B.grad = scale * B.detach().mT @ G, scale * G @ A.detach().mT
         optimizer.step()
         reference.step_all(plain, gradients)
-        if (
-            done == 1
-        ):  # one-sided, W = -size soft_sign(G V V^T): the largest value is 1 / (1 + 0.01)
-            sizes = [float(layer.W.norm(p="nuc")) / layer.unit for layer in plain]
+        if done == 1:
+            # one-sided, W = -size soft_sign(G V V^T): the largest value is exactly size / (1 + 0.01)
+            forces, sizes = [], []
+            for (_, A, B, scale), V, T in zip(found, starts, targets, strict=True):
+                unit = math.sqrt(1024 * max(T.shape)) / width
+                forces.append(float((T @ V @ V.mT).norm()) * unit)
+                size = torch.linalg.matrix_norm((scale * B @ A).detach(), 2)
+                sizes.append(float(size) / (1e-3 * unit * math.sqrt(8 / 2) / 1.01))
+            mean_square = sum(force**2 for force in forces) / 2
+            wanted = [force / math.sqrt(mean_square) for force in forces]
+            assert sizes == pytest.approx(wanted, rel=1e-9)
             assert sizes[0] > 2 * sizes[1], "the larger gradient goes further"
         for (_, A, B, scale), layer in zip(found, plain, strict=True):
             assert difference(scale * (B @ A).detach(), layer.W) < done * bound(torch.float64, 32)

@@ -350,23 +350,22 @@ class GeoLoRA(torch.optim.Optimizer):
     def _advanced(self, moves: list["_Move"]) -> list["_Move"]:
         """The new points of all buckets, capped but not yet judged."""
         together: dict[Any, list[int]] = defaultdict(list)
-        shares = self._shares(moves)
+        sizes = self._rates(moves)
         for i, move in enumerate(moves):
             if move.group["lr"] != 0.0 and any(move.live):
                 sigma = move.point.sigma
                 together[sigma.shape[-1], sigma.dtype, sigma.device].append(i)
         for (slots, _, device), indices in together.items():
             due = [moves[i] for i in indices]
-            rates, caps = [], []
-            for i, move in zip(indices, due, strict=True):
+            caps = []
+            for move in due:
                 group, count = move.group, len(move.live)
-                rates.append(self._rates(move, shares[i]))
                 caps += group["ranks"] if phase_of(group) == "hold" else [slots] * count
             adaptive = due[0].group["moments"] == "adaptive"
             ends = method.step(
                 [move.point for move in due],
                 [move.M for move in due],
-                torch.cat(rates),
+                torch.cat([sizes[i] for i in indices]),
                 torch.tensor(caps, device=device),
                 method.Spectral([self._ahead(move) for move in due], SOFTEN) if adaptive else None,
                 self._width(due),
@@ -387,24 +386,23 @@ class GeoLoRA(torch.optim.Optimizer):
             return max(last, min(2 * last, cap))
         return 2 * last
 
-    def _shares(self, moves: list["_Move"]) -> list[Tensor]:
-        """What the layers of every bucket take of an adaptive step, (n,) float64 each; else ones."""
+    def _rates(self, moves: list["_Move"]) -> list[Tensor]:
+        """The step sizes of the layers of every bucket, (n,) float64 each."""
+        rates = [
+            move.point.sigma.new_full((len(move.live),), move.group["lr"], dtype=torch.float64)
+            for move in moves
+        ]
         if not moves or moves[0].group["moments"] != "adaptive":
-            return [move.point.sigma.new_ones(len(move.live)).double() for move in moves]
-        forces = [m.group["unit"] * norm(*m.M, m.point.U).double() for m in moves]
+            return rates
+        forces = [move.group["unit"] * norm(*move.M, move.point.U).double() for move in moves]
         device = forces[0].device  # layers may lie on several
         live = torch.tensor([live for move in moves for live in move.live], device=device)
-        found = method.shares(torch.cat([force.to(device) for force in forces]), live)
-        parts = found.split([len(force) for force in forces])
-        return [part.to(force.device) for part, force in zip(parts, forces, strict=True)]
-
-    def _rates(self, move: "_Move", share: Tensor) -> Tensor:
-        """The step size of every layer of a bucket (n,), float64."""
-        lr, V = float(move.group["lr"]), move.point.V
-        if move.group["moments"] != "adaptive":
-            return V.new_full((len(V),), lr, dtype=torch.float64)
-        used = _filled(V).sum(-1).clamp(min=1)  # directions, probes included
-        return share * lr * move.group["unit"] * (REFERENCE_RANK / used.double()).sqrt()
+        shares = method.shares(torch.cat([force.to(device) for force in forces]), live)
+        for rate, share, move in zip(rates, shares.split([*map(len, rates)]), moves, strict=True):
+            used = _filled(move.point.V).sum(-1).clamp(min=1)  # directions, probes included
+            rate *= move.group["unit"] * (REFERENCE_RANK / used.double()).sqrt()
+            rate *= share.to(rate.device)
+        return rates
 
     def _ahead(self, move: "_Move") -> method.Momentum:
         """Nesterov's look ahead: the gradient + b M = (1 + b) M - b M_before, for M = b M_before + G."""

@@ -124,16 +124,9 @@ def test_train_lora_on_pairs_of_other_formats(
 
 def test_train_regression(geolora: Callable, tmp_path: Path) -> None:
     code, _, err = geolora(
-        "train",
-        "--task",
-        "text-regression",
-        "--label",
-        "score",
-        "--lr",
-        "0.007",
-        "--max-steps",
-        300,
-    )
+        "train", "--task", "text-regression", "--label", "score",
+        "--lr", "0.007", "--max-steps", 300,
+    )  # fmt: skip
     assert code == 0, err
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["metric"] == "pearson"

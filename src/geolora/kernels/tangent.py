@@ -32,15 +32,6 @@ def to_dense(K: Tensor, L: Tensor, U: Tensor, V: Tensor) -> Tensor:
     return (K - U @ (U.mT @ K)) @ V.mT + U @ L.mT
 
 
-def inner(K1: Tensor, L1: Tensor, K2: Tensor, L2: Tensor, U: Tensor) -> Tensor:
-    """Frobenius inner product (*batch,) of two tangent matrices at the same point.
-
-    <M1, M2> = <K1, K2> + <L1, L2> - <U^T K1, U^T K2>.
-    """
-    overlap = (U.mT @ K1) * (U.mT @ K2)
-    return (K1 * K2).sum((-2, -1)) + (L1 * L2).sum((-2, -1)) - overlap.sum((-2, -1))
-
-
 def transport(
     K: Tensor, L: Tensor, U: Tensor, V: Tensor, U_new: Tensor, V_new: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -61,7 +52,10 @@ def transport(
 
 
 def norm(K: Tensor, L: Tensor, U: Tensor) -> Tensor:
-    """Frobenius norm (*batch,) of the tangent matrix with parts K and L."""
+    """Frobenius norm (*batch,) of the tangent matrix M with parts K and L.
+
+    ||M||^2 = ||K||^2 + ||L||^2 - ||U^T K||^2.
+    """
     K, L, overlap = (torch.linalg.matrix_norm(part).square() for part in (K, L, U.mT @ K))
     return (K + L - overlap).clamp(min=0).sqrt()
 
