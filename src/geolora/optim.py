@@ -50,7 +50,7 @@ from geolora.pairs import (
 from geolora.rest import SETTINGS, adamw_step
 
 MOMENTS = ("adaptive", "momentum", "none")
-DEFAULT_LR = {"adaptive": 5e-3, "momentum": 1e-2, "none": 1e-1}
+DEFAULT_LR = {"adaptive": 7e-3, "momentum": 1e-2, "none": 1e-1}
 SOFTEN = 0.01
 REFERENCE_RANK = 8.0
 """Rank at which an adaptive step has the size that `lr` says; elsewhere sqrt(8 / rank) of it."""
