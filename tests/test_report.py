@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from geolora.report import figures, text
+from geolora.report import comparison, figures, text
 
 RANKS = {
     "bert.encoder.layer.0.attention.self.query": 3,
@@ -151,3 +151,9 @@ def test_figures_of_an_adapter_hold_every_layer_without_overlap(
     dots = [line for axes in spectra.axes for line in axes.lines if line.get_marker() == "o"]
     assert len(dots) == len(layers) - 1, "a layer without a direction has no line"
     assert {(line.get_xdata()[0], line.get_ydata()[0]) for line in dots} <= {(2, 0.5)}
+
+
+def test_many_methods_have_different_colours() -> None:
+    for count in (3, 10, 14, 20):
+        summary = {"rows": [{"method": f"m{i}"} for i in range(count)]}
+        assert len(set(comparison._colors(summary).values())) == count

@@ -92,10 +92,13 @@ def _panels(summary: dict[str, Any], height: float = 3.6) -> tuple[Any, dict[str
     return figure, dict(zip(tasks, axes, strict=True))
 
 
-def _colors(summary: dict[str, Any]) -> dict[str, str]:
-    """A colour per method, the same in every figure."""
-    methods = dict.fromkeys(row["method"] for row in summary["rows"])
-    return {method: f"C{i % 10}" for i, method in enumerate(methods)}
+def _colors(summary: dict[str, Any]) -> dict[str, Any]:
+    """A colour per method, the same in every figure; no two alike up to twenty methods."""
+    from matplotlib import colormaps
+
+    methods = list(dict.fromkeys(row["method"] for row in summary["rows"]))
+    palette: Any = colormaps["tab10" if len(methods) <= 10 else "tab20"]
+    return {method: palette.colors[i % palette.N] for i, method in enumerate(methods)}
 
 
 def _legend(figure: Any, panel: Any) -> None:
