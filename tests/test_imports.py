@@ -25,9 +25,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "optim": (*MODEL, "buckets", "rest"),
     "adapter": (*CORE, "pairs"),
     "folders": ("errors", "pairs", "adapter"),
+    "initialize": (*MODEL, "folders"),
     "saved": (*CORE, "pairs", "adapter", "folders"),
     "trainer": (*MODEL, "optim"),
-    "tasks": (*MODEL, "optim", "adapter", "saved", "trainer", "tasks"),
+    "tasks": (*MODEL, "optim", "initialize", "adapter", "saved", "trainer", "tasks"),
     "report": ("report",),
     "cli": (*MODEL, "optim", "adapter", "saved", "trainer", "tasks", "report", "cli"),
 }

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from geolora.adapter import export, prune, ranks, suggest_budget
+    from geolora.initialize import get_lora_one_state, initialize_lora_one
     from geolora.optim import GeoLoRA
     from geolora.saved import inspect, verify
     from geolora.trainer import for_trainer
@@ -18,6 +19,8 @@ __all__ = [
     "GeoLoRA",
     "export",
     "for_trainer",
+    "get_lora_one_state",
+    "initialize_lora_one",
     "inspect",
     "prune",
     "ranks",
@@ -29,6 +32,8 @@ _HOME = {
     "GeoLoRA": "geolora.optim",
     "export": "geolora.adapter",
     "for_trainer": "geolora.trainer",
+    "get_lora_one_state": "geolora.initialize",
+    "initialize_lora_one": "geolora.initialize",
     "inspect": "geolora.saved",
     "prune": "geolora.adapter",
     "ranks": "geolora.adapter",

@@ -174,6 +174,27 @@ def _check(pair: Pair) -> None:
         )
 
 
+def factor_modules(model: nn.Module, adapter: str) -> dict[str, tuple[nn.Module, nn.Module]]:
+    """{layer: the modules whose `weight` is A, and B} of an adapter's pairs."""
+    return {
+        name: (layer.lora_A[adapter], layer.lora_B[adapter])
+        for name, layer in _lora_layers(model)
+        if adapter in layer.lora_A
+    }
+
+
+def refuse_unused(model: nn.Module, adapter: str) -> None:
+    """Raise `SetupError` where the forward pass does not go through the adapter."""
+    for name, layer in _lora_layers(model):
+        if adapter in layer.lora_A and (
+            adapter not in layer.active_adapters or layer.disable_adapters or layer.merged
+        ):
+            raise SetupError(
+                f"geolora: adapter `{adapter}` must be active and not merged; in `{name}` it is "
+                "not. Call model.set_adapter first, or unmerge it."
+            )
+
+
 def refuse_frozen(pairs: list[Pair]) -> None:
     """Raise `PairingError` for pairs of which a factor does not require gradients."""
     for pair in pairs:

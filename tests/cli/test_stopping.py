@@ -138,12 +138,19 @@ def test_ctrl_c_saves_says_how_to_go_on_and_going_on_is_exact(
 WITHOUT = ("--save-every", STEPS)  # nothing is saved before the end, unless the run is stopped
 
 
-@pytest.mark.parametrize("method", ["pissa", "eva", "lora-then-truncate"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--method", "pissa"),
+        ("--method", "eva"),
+        ("--method", "lora-then-truncate", "--budget", 2000),
+        ("--method", "lora", "--init", "lora-one"),
+    ],
+)
 def test_peers_go_on_exactly(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[object, ...]
 ) -> None:
-    more = ["--method", method, *WITHOUT]
-    more += ["--budget", 2000] if method == "lora-then-truncate" else []
+    more = [*flags, *WITHOUT]
     assert run("whole", *more)[0] == 0
     with monkeypatch.context() as patch:
         at_step(patch, 8, ctrl_c, torch.optim.AdamW)

@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+import geolora
 from geolora.errors import DivergedError, SettingError
 from geolora.factors import read_pair
 from geolora.pairs import find_pairs
@@ -73,6 +74,15 @@ def test_stock_peft_predicts_what_was_scored(
     assert not wrong.any()
     assert outcome.report["value"] > 0.8, "it has learnt something worth the check"
     assert outcome.report["method"] == method
+
+
+@pytest.mark.parametrize("method", ["lora", "geolora"])
+def test_a_start_from_the_gradient(model: Path, data: task.TextData, method: str) -> None:
+    output = model.parent / f"lora-one-{method}"
+    config = settings(model, method, init="lora-one", lr=0.0, max_steps=2, output=str(output))
+    task.train(config, data)
+    for layer in geolora.inspect(output / "adapter"):
+        assert layer.sigma[0] == pytest.approx(0.05, rel=1e-5), layer.layer
 
 
 def test_the_parameters_are_counted(outcomes: dict[str, task.Outcome]) -> None:
@@ -163,6 +173,8 @@ def test_a_peer_that_diverges_is_an_error(model: Path, data: task.TextData, meth
         ({"method": "lora-then-truncate"}, "`--budget` must be given with lora-then-truncate"),
         ({"method": "dora", "start_rank": 2}, "`--start-rank` belongs to --method geolora"),
         ({"method": "pissa", "init": "gaussian"}, "`--init` must be default with pissa"),
+        ({"method": "dora", "init": "lora-one"}, "`--init lora-one` needs plain LoRA pairs"),
+        ({"init": "lora-one", "start_rank": 2}, "`--start-rank` belongs to --init default"),
         ({"method": "adalora", "save_every": 5}, "`--save-every` cannot be used with adalora"),
     ],
 )

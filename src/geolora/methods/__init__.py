@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from geolora.methods import geolora
+from geolora.methods import geolora, lora_one
 
 
 class Method(NamedTuple):
@@ -22,6 +22,12 @@ METHODS: dict[str, Method] = {
         "rank-adaptive descent on the manifold of low-rank matrices",
         geolora.step,
         "2410.18720",
+    ),
+    "lora-one": Method(
+        "start",
+        "the best rank-r part of one step along the full gradient",
+        lora_one.start,
+        "2502.01235",
     ),
 }
 """Every method of the library by name."""

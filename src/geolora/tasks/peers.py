@@ -27,6 +27,7 @@ from torch import nn
 from geolora.adapter import export
 from geolora.errors import SettingError
 from geolora.factors import read_pair
+from geolora.initialize import initialize_lora_one
 from geolora.pairs import find_pairs
 from geolora.trainer import for_trainer, split_rest
 
@@ -40,6 +41,9 @@ METHODS = (
 TAKES_BUDGET = ("geolora", "lora-then-truncate")
 OWN_START = ("pissa", "eva", "adalora")
 CAN_RESUME = tuple(method for method in METHODS if method != "adalora")
+NO_GRADIENT_START = (*OWN_START, "dora")
+START_ROWS = 64
+"""Training rows of which the gradient of a start is taken, rounded up to whole batches."""
 EVA_BATCHES = 64
 """Batches EVA's start may look at; it stops by itself when its directions are stable."""
 JUDGE = 0.1
@@ -82,6 +86,12 @@ def check_method(config: "TrainConfig") -> None:
         raise SettingError(f"`--start-rank` belongs to --method geolora; got {method}.")
     if config.init != "default" and method in OWN_START:
         raise SettingError(f"`--init` must be default with {method}, which has its own start.")
+    if config.init == "lora-one" and method in NO_GRADIENT_START:
+        raise SettingError(f"`--init lora-one` needs plain LoRA pairs, not those of {method}.")
+    if config.init == "lora-one" and config.start_rank is not None:
+        raise SettingError(
+            "`--start-rank` belongs to --init default: lora-one fills all of --rank."
+        )
     if config.rank < 2 and method == "adalora":
         raise SettingError("`--rank` must be 2 or more with adalora, which cuts it to two thirds.")
     if config.save_every is not None and method not in CAN_RESUME:
@@ -121,7 +131,7 @@ def add_adapter(
             total_step=total,
         )
     else:
-        start: Any = True if config.init == "default" else config.init
+        start: Any = config.init if config.init == "gaussian" else True
         lora = LoraConfig(
             **common,
             r=config.rank,
@@ -196,6 +206,12 @@ def callbacks_of(model: Any, config: "TrainConfig") -> list[Any]:
             model.base_model.update_and_allocate(state.global_step)
 
     return [Allocate()]
+
+
+def start(model: Any, config: "TrainConfig", batches: Batches) -> None:
+    """The start that looks at the gradient, before the first step: LoRA-One's, of `START_ROWS` rows."""
+    if config.init == "lora-one":
+        initialize_lora_one(model, batches(config.batch_size, -(-START_ROWS // config.batch_size)))
 
 
 def keep_start(model: Any, config: "TrainConfig", folder: Path) -> None:

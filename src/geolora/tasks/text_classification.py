@@ -34,6 +34,7 @@ from geolora.tasks.peers import (
     keep_start,
     optimizer_of,
     save,
+    start,
 )
 from geolora.trainer import progress_callback
 
@@ -185,6 +186,8 @@ def train(config: TrainConfig, data: TextData, choice: Rows | None = None) -> Ou
             callbacks=[progress_callback(), clock, *callbacks_of(model, config), checkpoints],
         )
         _only_our_bar(trainer)
+        if resume is None:
+            start(model, config, batches)
         try:
             trainer.train(resume_from_checkpoint=resume and str(resume))
         except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]

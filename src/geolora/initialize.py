@@ -1,0 +1,389 @@
+"""Starts of an adapter from the model's own gradient, which is never formed.
+
+    model = get_peft_model(base, LoraConfig(...))
+    geolora.initialize_lora_one(model, batches)
+
+With B = 0 and A = V^T a LoRA layer computes what its base does, and one backward pass leaves
+grad_B = s G V; with A = 0 and B = U it leaves grad_A = s U^T G (G = dL/dW, s LoRA's scale). Passes over the same
+batches that take turns are subspace iteration on G (`kernels/sketch.py`) in the memory of an adapter: no base
+weight needs a gradient, so the base may be quantised, and checkpointing, accumulation and autocast work as in
+training. Meanwhile the pair is replaced by a wider one; it is put back whatever happens.
+"""
+
+import math
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from geolora.errors import DataError, GradientError, SettingError, SetupError, StateError
+from geolora.factors import to_pair
+from geolora.folders import read_tensors
+from geolora.kernels.sketch import Triplets, missing, random_basis, seen_from_left, seen_from_right
+from geolora.methods import lora_one
+from geolora.pairs import Pair, adapter_of, factor_modules, find_pairs, refuse_unused
+
+Loss = Callable[[nn.Module, Any], Tensor]
+NORM = 0.05
+PASSES, TOLERANCE = 6, 0.1
+HALVINGS = 8
+
+
+@dataclass(frozen=True)
+class GradientStart:
+    """What a start did.
+
+    Attributes:
+        norm: ||W||_2 of every layer it started, in units of W.
+        missing: {layer: estimated share, of the energy of the gradient's best rank-r part, not seen}.
+        untouched: layers the loss does not depend on; they keep the start they had.
+        loss_before, loss_after: means over the batches, where `check_descent` asked for them.
+    """
+
+    norm: float
+    missing: dict[str, float]
+    untouched: list[str]
+    loss_before: float | None = None
+    loss_after: float | None = None
+
+
+def initialize_lora_one(
+    model: nn.Module,
+    batches: Iterable[Any] | None = None,
+    loss_fn: Loss | None = None,
+    adapter_name: str | None = None,
+    *,
+    norm: float = NORM,
+    state: dict[str, Tensor] | str | Path | None = None,
+    check_descent: bool = False,
+    width: int | None = None,
+    passes: int = PASSES,
+    tolerance: float = TOLERANCE,
+    fresh_batches: bool = False,
+) -> GradientStart:
+    """LoRA-One (arXiv 2502.01235): start every pair at the best rank-r part of one step along -G.
+
+    Base weights are not touched: the adapter is saved and loaded like any other. Call it after
+    get_peft_model, before the model is wrapped (DDP, FSDP) or trained; with several processes on all of
+    them, each with its own batches.
+
+    Args:
+        model: a PeftModel with LoRA pairs whose B is zero.
+        batches: what the gradient is a mean over: mappings for model(**batch).loss, or what loss_fn
+            takes; moved to the model's device. Not needed with `state`.
+        loss_fn: (model, batch) -> scalar loss.
+        adapter_name: which adapter; None for the active one.
+        norm: ||W||_2 after the start, whatever LoRA's scale is; above 0.
+        state: what `get_lora_one_state` returned, or a safetensors file of it, instead of the passes.
+        check_descent: halve `norm`, at most eight times, until the loss of the batches has fallen.
+        width, passes, tolerance, fresh_batches: as in `get_lora_one_state`.
+
+    Raises:
+        SettingError: an argument out of its range, an unknown adapter.
+        PairingError: no pairs, or layers that cannot be treated (table in geolora.pairs).
+        SetupError: a pair that is trained already (B is not zero), an adapter that is not in use.
+        DataError: no batches, or one that gives no loss.
+        GradientError: a loss or gradient that is not finite; no gradient in any layer.
+        StateError: a state of another model. AdapterError: a file that cannot be read.
+    """
+    if not (norm > 0 and math.isfinite(norm)):
+        raise SettingError(f"initialize_lora_one: `norm` must be above 0; got {norm}.")
+    if batches is None and (state is None or check_descent):
+        raise SettingError("initialize_lora_one: `batches` must be given, or a `state`.")
+    pairs = _fresh_pairs(model, adapter_of(model, adapter_name))
+    if batches is not None and not fresh_batches:
+        batches = list(batches)
+    if state is None:
+        state = get_lora_one_state(
+            model,
+            batches or [],
+            loss_fn,
+            adapter_name,
+            width=width,
+            passes=passes,
+            tolerance=tolerance,
+            fresh_batches=fresh_batches,
+        )
+    found, unseen = _of_state(
+        read_tensors(Path(state)) if isinstance(state, str | Path) else state, pairs
+    )
+
+    def loss() -> float:
+        return mean_loss(model, batches or [], loss_fn)
+
+    before = loss() if check_descent else None
+    _write(pairs, found, norm)
+    after = loss() if check_descent else None
+    for _ in range(HALVINGS):
+        if before is None or after is None or after < before:
+            break
+        norm /= 2
+        _write(pairs, found, norm)
+        after = loss()
+    untouched = [pair.name for pair in pairs if not found[pair.name].sigma.any()]
+    return GradientStart(norm, unseen, untouched, before, after)
+
+
+def get_lora_one_state(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss_fn: Loss | None = None,
+    adapter_name: str | None = None,
+    *,
+    width: int | None = None,
+    passes: int = PASSES,
+    tolerance: float = TOLERANCE,
+    fresh_batches: bool = False,
+) -> dict[str, Tensor]:
+    """The leading singular triplets of every pair's gradient: to be saved, and used again.
+
+        save_file(geolora.get_lora_one_state(model, batches), "start.safetensors")
+
+    Passes over the batches go on until no layer misses more than `tolerance` of the energy of its
+    best rank-r part, by estimate, or until there were `passes`. Dropout is off, all else is as the
+    model stands (train or eval mode). The model is left as it was, gradients included.
+
+    Args:
+        model, batches, loss_fn, adapter_name: as in `initialize_lora_one`.
+        width: k, directions that are followed, the adapter's rank or more; None for twice the
+            rank. A layer has at most min(d_out, d_in).
+        passes: at most so many passes over the batches, 2 or more.
+        tolerance: share of energy, in [0, 1); 0 makes all `passes`.
+        fresh_batches: iterate over `batches` anew in every pass (a DataLoader that shuffles then
+            gives others); else they are drawn once and kept.
+
+    Returns:
+        For every layer, float32 on the CPU: `NAME.U` (d_out, r), `NAME.sigma` (r,), `NAME.V` (d_in, r) of
+        +G, and `NAME.missing` (1,), the estimate. sigma is zero where the loss does not depend on the layer.
+
+    Raises:
+        As `initialize_lora_one`.
+    """
+    adapter = adapter_of(model, adapter_name)
+    pairs = _fresh_pairs(model, adapter)
+    least = max(pair.r for pair in pairs)
+    if width is not None and width < least:
+        raise SettingError(f"`width` must be the adapter's rank, {least}, or more; got {width}.")
+    if passes < 2:
+        raise SettingError(f"`passes` must be 2 or more; got {passes}.")
+    if not 0 <= tolerance < 1:
+        raise SettingError(f"`tolerance` must be in [0, 1); got {tolerance}.")
+    if not fresh_batches:
+        batches = list(batches)
+    modules = factor_modules(model, adapter)
+    seats = [_Seat(pair, *modules[pair.name], width or 2 * pair.r) for pair in pairs]
+    with _undisturbed(model):
+        for number in range(1, passes + 1):
+            _look(seats, model, batches, loss_fn, from_right=number % 2 == 1)
+            unseen = [missing(seat.energies) for seat in seats]
+            if number > 1 and max(unseen) <= tolerance:
+                break
+    if not any(seat.energies[-1] > 0 for seat in seats):
+        raise GradientError("the loss of `batches` must depend on a LoRA layer; it does on none.")
+    state = {}
+    for seat, share in zip(seats, unseen, strict=True):
+        name, seen = seat.pair.name, seat.seen
+        assert seen is not None  # noqa: S101 (there was a pass)
+        for key, value in seen._asdict().items():
+            state[f"{name}.{key}"] = value.cpu().contiguous()
+        state[f"{name}.missing"] = torch.tensor([share])
+    return state
+
+
+def mean_loss(model: nn.Module, batches: Iterable[Any], loss_fn: Loss | None = None) -> float:
+    """Mean loss of the batches as the model stands, dropout off, over all processes; changes nothing."""
+    with _undisturbed(model), torch.no_grad():
+        losses = [float(loss) for loss in _losses(model, batches, loss_fn)]
+    return _over_processes(torch.tensor(losses).sum(), len(losses)).item()
+
+
+# ---- one pass ----------------------------------------------------------------------------------
+
+
+class _Seat:
+    """Where a pair sits, and the basis that is known: V (to look at G V next), then U, then V …"""
+
+    def __init__(self, pair: Pair, on_A: nn.Module, on_B: nn.Module, width: int) -> None:
+        self.pair, self.on_A, self.on_B = pair, on_A, on_B
+        self.width = min(width, pair.d_in, pair.d_out)
+        seed = zlib.crc32(f"sketch of {pair.name}".encode())
+        self.basis = random_basis(pair.d_in, self.width, seed).float()
+        self.energies: list[float] = []
+        self.seen: Triplets | None = None
+
+    @contextmanager
+    def widened(self, from_right: bool) -> Iterator[nn.Parameter]:
+        """Replace the pair by one that does nothing to the function; yields the factor to look at."""
+        self.seen = None  # makes room
+        A, B = self.pair.A, self.pair.B
+        like = {"device": A.device, "dtype": torch.promote_types(A.dtype, torch.float32)}
+        shape_A, shape_B = (self.width, *A.shape[1:]), (B.shape[0], self.width, *B.shape[2:])
+        basis = self.basis.to(**like)
+        if from_right:
+            known, looked = basis.mT.reshape(shape_A), torch.zeros(shape_B, **like)
+        else:
+            known, looked = basis.reshape(shape_B), torch.zeros(shape_A, **like)
+        fixed, wanted = nn.Parameter(known, requires_grad=False), nn.Parameter(looked)
+        self.on_A.weight, self.on_B.weight = (fixed, wanted) if from_right else (wanted, fixed)
+        try:
+            yield wanted
+        finally:
+            self.on_A.weight, self.on_B.weight = A, B
+
+    def take(self, product: Tensor, from_right: bool) -> None:
+        """What a pass has shown: G V (d_out, k), or G^T U (d_in, k)."""
+        if not bool(product.isfinite().all()):
+            raise GradientError(
+                f"the gradient of `{self.pair.name}` is not finite. Look at the loss and the batches; "
+                "with fp16, lower the loss scale."
+            )
+        seen = (seen_from_right if from_right else seen_from_left)(product, self.basis)
+        r = self.pair.r
+        self.energies.append(float(seen.sigma[:r].square().sum()))
+        self.seen = Triplets(*(part[..., :r].float() for part in seen))
+        self.basis = (seen.U if from_right else seen.V).float()
+
+
+def _look(
+    seats: list[_Seat],
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss_fn: Loss | None,
+    from_right: bool,
+) -> None:
+    """One pass over the batches, and what it shows to every seat."""
+    with ExitStack() as stack:
+        wanted = [stack.enter_context(seat.widened(from_right)) for seat in seats]
+        count = 0
+        for loss in _losses(model, batches, loss_fn):
+            loss.backward()
+            count += 1
+    for seat, factor in zip(seats, wanted, strict=True):
+        grad = torch.zeros_like(factor) if factor.grad is None else factor.grad
+        factor.grad = None
+        mean = _over_processes(grad / seat.pair.scale, count).flatten(1)
+        seat.take(mean if from_right else mean.mT, from_right)
+
+
+def _losses(model: nn.Module, batches: Iterable[Any], loss_fn: Loss | None) -> Iterator[Tensor]:
+    """The loss of every batch; refuses what is none."""
+    from accelerate.utils import send_to_device
+
+    device, empty = next(model.parameters()).device, True
+    for batch in batches:
+        empty, moved = False, send_to_device(batch, device)
+        if loss_fn is not None:
+            loss = loss_fn(model, moved)
+        elif isinstance(moved, Mapping):
+            output = model(**moved)
+            loss = output["loss"] if isinstance(output, Mapping) else getattr(output, "loss", None)
+        else:
+            raise DataError(
+                f"`batches` must hold mappings for model(**batch), or `loss_fn` must be given; got a "
+                f"{type(batch).__name__}."
+            )
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise DataError(
+                f"a batch must give a scalar loss; got {type(loss).__name__}. Have it hold `labels`, or "
+                "give `loss_fn`."
+            )
+        if not bool(loss.isfinite()):
+            raise GradientError(f"the loss of a batch is {loss.item()}. Look at the batches.")
+        yield loss
+    if empty:
+        raise DataError("`batches` must hold at least one batch; got none.")
+
+
+def _over_processes(total: Tensor, count: int) -> Tensor:
+    """total / count, both summed over all processes."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        number = torch.tensor(float(count), device=total.device)
+        torch.distributed.all_reduce(total)
+        torch.distributed.all_reduce(number)
+        return total / number
+    return total / count
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """No dropout, no parameter that wants a gradient; put back at the end, as are random numbers.
+
+    Modes are left alone: eval mode would switch gradient checkpointing off. transformers keeps
+    rates of attention as numbers on its modules.
+    """
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    rates = [
+        (module, name, value)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, float) and ("drop" in name or (name == "p" and _drops(module)))
+    ]
+    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+    try:
+        for module, name, _ in rates:
+            setattr(module, name, 0.0)
+        for parameter in wanted:
+            parameter.requires_grad_(False)
+        with torch.random.fork_rng(devices=list(devices)):
+            yield
+    finally:
+        for module, name, value in rates:
+            setattr(module, name, value)
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+
+
+def _drops(module: nn.Module) -> bool:
+    return "drop" in type(module).__name__.lower()
+
+
+# ---- reading and writing -----------------------------------------------------------------------
+
+
+def _fresh_pairs(model: nn.Module, adapter: str) -> list[Pair]:
+    """The adapter's pairs; raises `SetupError` where one is trained already, or not in use."""
+    pairs = find_pairs(model, adapter)
+    refuse_unused(model, adapter)
+    for pair in pairs:
+        if bool(pair.B.ne(0).any()):
+            raise SetupError(
+                f"a start needs a pair that is not trained yet; B of `{pair.name}` is not zero. Add a new "
+                "adapter, with LoRA's usual start."
+            )
+    return pairs
+
+
+def _of_state(
+    state: dict[str, Tensor], pairs: list[Pair]
+) -> tuple[dict[str, Triplets], dict[str, float]]:
+    """{layer: triplets} and {layer: estimate}; raises `StateError` where layers or shapes differ."""
+    found, unseen = {}, {}
+    for pair in pairs:
+        parts = [state.get(f"{pair.name}.{key}") for key in (*Triplets._fields, "missing")]
+        shapes = [None if part is None else tuple(part.shape) for part in parts]
+        right = [(pair.d_out, pair.r), (pair.r,), (pair.d_in, pair.r), (1,)]
+        if shapes != right:
+            raise StateError(
+                f"`state` must be of this model and rank; for `{pair.name}` it has "
+                f"{shapes}, needed are {right}. Compute it again with get_lora_one_state."
+            )
+        U, sigma, V, share = (part for part in parts if part is not None)
+        found[pair.name], unseen[pair.name] = Triplets(U, sigma, V), float(share)
+    return found, unseen
+
+
+@torch.no_grad()
+def _write(pairs: list[Pair], found: dict[str, Triplets], norm: float) -> None:
+    """Write the start into the pairs; slots without a gradient become probes, layers without keep theirs."""
+    for pair in pairs:
+        if not found[pair.name].sigma.any():
+            continue
+        U, sigma, V = lora_one.start(*found[pair.name], norm)
+        A, B = to_pair(U, sigma, V, torch.tensor(pair.scale), torch.tensor(pair.r))
+        pair.A.copy_(A.reshape(pair.A.shape))
+        pair.B.copy_((B * (sigma > 0)).reshape(pair.B.shape))
