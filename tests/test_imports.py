@@ -22,12 +22,14 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "pairs": ("errors",),
     "buckets": ("errors", "pairs"),
     "rest": (),
-    "optim": (*MODEL, "buckets", "rest"),
+    "finite": ("errors",),
+    "optim": (*MODEL, "buckets", "finite", "rest"),
+    "preconditioned": (*MODEL, "buckets", "finite", "rest"),
     "adapter": (*CORE, "pairs"),
     "folders": ("errors", "pairs", "adapter"),
     "initialize": (*MODEL, "folders"),
     "saved": (*CORE, "pairs", "adapter", "folders"),
-    "trainer": (*MODEL, "optim"),
+    "trainer": (*MODEL, "optim", "preconditioned"),
     "tasks": (*MODEL, "optim", "initialize", "adapter", "saved", "trainer", "tasks"),
     "report": ("report",),
     "cli": (*MODEL, "optim", "adapter", "saved", "trainer", "tasks", "report", "cli"),
@@ -40,8 +42,10 @@ OTHERS = {
     "factors": {"torch"},
     "errors": set(),
     "buckets": {"torch"},
+    "finite": {"torch"},
     "rest": {"torch"},
     "optim": {"torch"},
+    "preconditioned": {"torch"},
 }
 """What the numerical parts may import from other packages, beside the standard library."""
 

@@ -38,7 +38,8 @@ def by_shape(pairs: list[Pair]) -> list[list[Pair]]:
     """Pairs of equal shape, dtype and device together, in the order they are found."""
     buckets: dict[Any, list[Pair]] = defaultdict(list)
     for pair in pairs:
-        key = (pair.d_out, pair.d_in, pair.r, pair.A.dtype, pair.B.dtype, pair.A.device)
+        shape = (pair.d_out, pair.d_in, pair.r, pair.experts)
+        key = (*shape, pair.A.dtype, pair.B.dtype, pair.A.device)
         buckets[key].append(pair)
     return list(buckets.values())
 

@@ -28,15 +28,9 @@ from geolora.buckets import (
     scales_of,
     stacked_gradients,
 )
-from geolora.errors import (
-    NonFiniteGradientError,
-    SettingError,
-    SetupError,
-    SkippedStepWarning,
-    UnpairedParametersWarning,
-    at_most_three,
-)
+from geolora.errors import SettingError, SetupError, UnpairedParametersWarning, at_most_three
 from geolora.factors import balanced_maps, read_pair, slot_ranks, to_pair
+from geolora.finite import to_be_skipped, total
 from geolora.kernels.tangent import norm, transport
 from geolora.kernels.truncate import settled_ranks
 from geolora.methods import geolora as method
@@ -54,7 +48,6 @@ DEFAULT_LR = {"adaptive": 7e-3, "momentum": 1e-2, "none": 1e-1}
 SOFTEN = 0.01
 REFERENCE_RANK = 8.0
 """Rank at which an adaptive step has the size that `lr` says; elsewhere sqrt(8 / rank) of it."""
-SKIPS_ALLOWED = 20
 
 
 class GeoLoRA(torch.optim.Optimizer):
@@ -288,34 +281,17 @@ class GeoLoRA(torch.optim.Optimizer):
     def _skip_non_finite(self, moves: list["_Move"]) -> bool:
         """True, with one warning naming the layers, where a gradient is NaN or infinite."""
         rest = [g for group in self._rest() for p in group["params"] if (g := p.grad) is not None]
-        # a sum is finite only where all its terms are, and much cheaper than asking each of them
-        sums = [part.sum() for move in moves for part in move.M]
-        sums += [g.sum(dtype=torch.promote_types(g.dtype, torch.float32)) for g in rest]
-        if not sums:
-            return False
-        first = self._geometric()[0]
-        if bool(torch.stack([total.to(sums[0]) for total in sums]).isfinite().all()):
-            first["skipped"] = 0
-            return False
-        names = [
-            name
-            for group in self._geometric()
-            for name, pair in zip(group["layers"], pairs_of(group["params"]), strict=True)
-            if any(p.grad is not None and not p.grad.isfinite().all() for p in pair)
-        ] or ["parameters outside the pairs"]
-        first["skipped"] += 1
-        if first["skipped"] >= SKIPS_ALLOWED:
-            raise NonFiniteGradientError(
-                f"GeoLoRA.step: gradients must be finite; {first['skipped']} steps in a row were "
-                f"not, now in {at_most_three(names)}. Lower `lr`, or look at the loss."
-            )
-        warnings.warn(
-            f"GeoLoRA.step: skipped, gradients not finite in {at_most_three(names)}. "
-            "Nothing was updated.",
-            SkippedStepWarning,
-            stacklevel=3,
-        )
-        return True
+        totals = [total(part) for move in moves for part in move.M] + [total(g) for g in rest]
+
+        def culprits() -> list[str]:
+            return [
+                name
+                for group in self._geometric()
+                for name, pair in zip(group["layers"], pairs_of(group["params"]), strict=True)
+                if any(p.grad is not None and not p.grad.isfinite().all() for p in pair)
+            ]
+
+        return to_be_skipped("GeoLoRA", self._geometric()[0], totals, culprits)
 
     # ---- moving --------------------------------------------------------------------------------
 
@@ -329,8 +305,8 @@ class GeoLoRA(torch.optim.Optimizer):
             memories.append([beta * part for part in before])
             K, L = (part - old for part, old in zip(move.M, memories[-1], strict=True))
             squares.append(norm(K, L, move.point.U).square().sum())
-        total = torch.stack([s.to(squares[0].device) for s in squares]).sum().sqrt()
-        factor = (moves[0].group["max_tangent_norm"] / total.clamp(min=1e-30)).clamp(max=1.0)
+        size = torch.stack([s.to(squares[0].device) for s in squares]).sum().sqrt()
+        factor = (moves[0].group["max_tangent_norm"] / size.clamp(min=1e-30)).clamp(max=1.0)
         bounded = []
         for move, old in zip(moves, memories, strict=True):
             parts = (a.lerp(b, factor.to(b)) for a, b in zip(old, move.M, strict=True))

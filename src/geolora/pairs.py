@@ -10,7 +10,7 @@ With `adapter.py`, `folders.py` and `saved.py` what knows PEFT; `tasks/peers.py`
 | Embedding                                                 | no: AdamW, with a warning        |
 | grouped convolution                                       | refused: block structure         |
 | DoRA and every other variant (QALoRA, aLoRA, KaSA, …)     | refused: not W0 + s B A          |
-| ParamWrapper (`target_parameters`, MoE experts)           | refused: interleaved factors     |
+| ParamWrapper (`target_parameters`, MoE experts)           | refused, but by RiemannianAdamW  |
 | AdaLoRA                                                   | refused: three factors           |
 | tied pairs (shared storage)                               | refused: one matrix, two layers  |
 | tensor-parallel, DTensor, ZeRO-partitioned factors        | refused: the step needs whole A, B |
@@ -46,11 +46,13 @@ class Pair:
     A: nn.Parameter
     B: nn.Parameter
     scale: float
+    experts: int = 1
+    """Pairs that share the factors: expert e has A[e r : (e + 1) r] and B[:, e :: experts]."""
 
     @property
     def r(self) -> int:
-        """Physical width: slots of the pair."""
-        return self.A.shape[0]
+        """Physical width: slots of the pair, of one expert."""
+        return self.A.shape[0] // self.experts
 
     @property
     def d_in(self) -> int:
@@ -63,12 +65,15 @@ class Pair:
         return self.B.shape[0]
 
 
-def find_pairs(model: nn.Module, adapter_name: str | None = None) -> list[Pair]:
+def find_pairs(
+    model: nn.Module, adapter_name: str | None = None, with_experts: bool = False
+) -> list[Pair]:
     """All pairs of one adapter of a model, in the model's order.
 
     Args:
         model: a PeftModel, or any module with injected LoRA layers.
         adapter_name: which adapter; None for the active one.
+        with_experts: take the pairs of MoE experts too, instead of refusing them.
 
     Raises:
         PairingError: the model has no LoRA pair, several active adapters and no name was given, or
@@ -80,12 +85,13 @@ def find_pairs(model: nn.Module, adapter_name: str | None = None) -> list[Pair]:
     pairs = []
     for name, layer in _lora_layers(model):
         if adapter in layer.lora_A:
-            _refuse(name, layer, adapter)
+            _refuse(name, layer, adapter, with_experts)
             pair = Pair(
                 name,
                 layer.lora_A[adapter].weight,
                 layer.lora_B[adapter].weight,
                 float(layer.scaling[adapter]),
+                getattr(layer, "num_experts", 1),
             )
             _check(pair)
             pairs.append(pair)
@@ -136,7 +142,7 @@ def adapter_of(model: nn.Module, adapter_name: str | None = None) -> str:
     return active[0]
 
 
-def _refuse(name: str, layer: Any, adapter: str) -> None:
+def _refuse(name: str, layer: Any, adapter: str, with_experts: bool) -> None:
     from peft.tuners.lora import ParamWrapper
 
     kind = type(layer).__name__
@@ -144,7 +150,7 @@ def _refuse(name: str, layer: Any, adapter: str) -> None:
     reason = None
     if hasattr(layer, "lora_E"):
         reason = "an AdaLoRA layer has three factors. Use LoraConfig instead of AdaLoraConfig"
-    elif isinstance(layer, ParamWrapper):
+    elif isinstance(layer, ParamWrapper) and not with_experts:
         reason = "the factors of all experts are interleaved. Leave out `target_parameters`"
     elif layer.lora_variant.get(adapter) is not None:
         variant = type(layer.lora_variant[adapter]).__name__

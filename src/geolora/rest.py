@@ -10,25 +10,36 @@ SETTINGS = {"kind": "rest", "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 
 """What a param group of AdamW holds beside its parameters and its lr."""
 
 
-def adamw_step(group: dict[str, Any], state: dict[Tensor, dict[str, Any]]) -> None:
-    """One step of AdamW for the parameters of a group that have a gradient; makes their state."""
+def adamw_step(
+    group: dict[str, Any],
+    state: dict[Tensor, dict[str, Any]],
+    grads: list[Tensor] | None = None,
+    fused: bool = False,
+) -> None:
+    """One step of AdamW for the parameters of a group that have a gradient; makes their state.
+
+    Args:
+        grads: what to use instead of those gradients, in their order.
+        fused: one kernel for all of them (CPU and CUDA); else torch chooses.
+    """
     params = [p for p in group["params"] if p.grad is not None]
     if not params:
         return
     for p in params:
         if not state[p]:
             state[p] = {
-                "step": torch.zeros((), dtype=torch.float32),
+                "step": torch.zeros((), dtype=torch.float32, device=p.device if fused else None),
                 "exp_avg": torch.zeros_like(p),
                 "exp_avg_sq": torch.zeros_like(p),
             }
     adamw(
         params,
-        [p.grad for p in params],
+        [p.grad for p in params] if grads is None else grads,
         [state[p]["exp_avg"] for p in params],
         [state[p]["exp_avg_sq"] for p in params],
         [],
         [state[p]["step"] for p in params],
+        fused=fused or None,
         amsgrad=False,
         beta1=group["betas"][0],
         beta2=group["betas"][1],

@@ -15,6 +15,7 @@ from torch import nn
 
 from geolora.errors import PairingError, SettingError
 from geolora.optim import GeoLoRA
+from geolora.preconditioned import RiemannianAdamW
 
 
 class GeoLoRAFactory:
@@ -23,6 +24,14 @@ class GeoLoRAFactory:
     def __call__(self, model: nn.Module, *_args: Any, **kwargs: Any) -> GeoLoRA:
         """The optimizer of a model; kwargs are `GeoLoRA`'s."""
         return GeoLoRA(model, **kwargs)
+
+
+class RiemannianFactory:
+    """Builds `RiemannianAdamW` from a model."""
+
+    def __call__(self, model: nn.Module, *_args: Any, **kwargs: Any) -> RiemannianAdamW:
+        """The optimizer of a model; kwargs are `RiemannianAdamW`'s."""
+        return RiemannianAdamW(model, **kwargs)
 
 
 class LoRAFactory:
@@ -53,15 +62,20 @@ def split_rest(model: nn.Module, lr: float, rest_lr: float) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
-FACTORIES: dict[str, type] = {"geolora": GeoLoRAFactory, "lora": LoRAFactory}
+FACTORIES: dict[str, tuple[type, Any]] = {
+    "geolora": (GeoLoRAFactory, GeoLoRA),
+    "lora": (LoRAFactory, LoRAFactory.__call__),
+    "riemannian": (RiemannianFactory, RiemannianAdamW),
+}
+"""Method: what builds its optimizer, and whose arguments it takes."""
 
 
 def for_trainer(method: str, **settings: Any) -> tuple[type, dict[str, Any]]:
     """What `Trainer(optimizer_cls_and_kwargs=...)` takes.
 
     Args:
-        method: "geolora", or "lora" (AdamW on the pairs).
-        settings: keyword arguments of the optimizer, `GeoLoRA`'s or lr and rest_lr; checked here,
+        method: "geolora", "riemannian" (`RiemannianAdamW`) or "lora" (AdamW on the pairs).
+        settings: keyword arguments of the optimizer, for "lora" lr and rest_lr; checked here,
             values when the optimizer is built.
 
     Raises:
@@ -71,13 +85,13 @@ def for_trainer(method: str, **settings: Any) -> tuple[type, dict[str, Any]]:
         raise SettingError(
             f"for_trainer: `method` must be one of {sorted(FACTORIES)}; got {method!r}."
         )
-    target: Any = GeoLoRA if method == "geolora" else LoRAFactory.__call__
+    factory, target = FACTORIES[method]
     known = [name for name in inspect.signature(target).parameters if name[0] != "_"]
     known = [name for name in known if name not in ("self", "model")]
     for name in settings:
         if name not in known:
             raise SettingError(f"for_trainer: `{name}` must be one of {known} for {method}.")
-    return FACTORIES[method], settings
+    return factory, settings
 
 
 class Ranks(NamedTuple):

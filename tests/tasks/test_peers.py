@@ -14,7 +14,7 @@ from geolora.factors import read_pair
 from geolora.pairs import find_pairs
 from geolora.tasks import text_classification as task
 from geolora.tasks.config import TrainConfig, check
-from geolora.tasks.peers import METHODS, TRUNCATED, RiemannianFactory, truncate
+from geolora.tasks.peers import METHODS, TRUNCATED, truncate
 from models import lora_net, reviews, tiny_bert
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
@@ -131,15 +131,6 @@ def test_truncation_is_the_best_within_the_budget() -> None:
         assert ranks[worst] == 4 or used + costs[worst] > budget
     with pytest.raises(SettingError, match="must hold one direction in every layer"):
         truncate(lora_net(r=4), sum(costs) - 1)
-
-
-def test_the_riemannian_optimizer_keeps_two_step_sizes() -> None:
-    optimizer = RiemannianFactory()(lora_net(r=4), lr=0.1, rest_lr=0.2)
-    assert [(len(g["params"]), g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [
-        (6, 0.1, 0.0),
-        (2, 0.2, 0.0),
-    ]
-    assert type(optimizer).__name__ == "RiemannianPreconditionedOptimizer"
 
 
 def test_eva_sees_rows_enough_for_a_pooler(model: Path, data: task.TextData) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from geolora.methods import geolora, lora_one
+from geolora.methods import geolora, lora_one, riemannian
 
 
 class Method(NamedTuple):
@@ -28,6 +28,12 @@ METHODS: dict[str, Method] = {
         "the best rank-r part of one step along the full gradient",
         lora_one.start,
         "2502.01235",
+    ),
+    "riemannian": Method(
+        "step",
+        "factor gradients in the metric of the other factor, then AdamW",
+        riemannian.precondition,
+        "2402.02347",
     ),
 }
 """Every method of the library by name."""

@@ -1,8 +1,8 @@
 """The methods of `geolora train`: GeoLoRA, and what PEFT has to compare it with.
 
-Everything but GeoLoRA is PEFT's own code, called and not rewritten:
+Everything but geolora and riemannian is PEFT's own code, called and not rewritten:
 
-| method             | what PEFT does                                                      | paper            |
+| method             | what is done                                                        | paper            |
 |--------------------|---------------------------------------------------------------------|------------------|
 | lora               | LoRA, alpha = rank, AdamW                                           | arXiv 2106.09685 |
 | rslora             | LoRA with s = alpha / sqrt(rank)                                    | arXiv 2312.03732 |
@@ -29,7 +29,7 @@ from geolora.errors import SettingError
 from geolora.factors import read_pair
 from geolora.initialize import initialize_lora_one
 from geolora.pairs import find_pairs
-from geolora.trainer import for_trainer, split_rest
+from geolora.trainer import for_trainer
 
 if TYPE_CHECKING:
     from geolora.tasks.config import TrainConfig
@@ -166,31 +166,7 @@ def optimizer_of(config: "TrainConfig", total: int) -> tuple[type, dict[str, Any
             "settle_after": int(JUDGE * total),
         }
         return for_trainer("geolora", **settings)
-    if config.method == "riemannian":
-        return RiemannianFactory, settings
-    return for_trainer("lora", **settings)
-
-
-class RiemannianFactory:
-    """Builds PEFT's Riemannian-preconditioned AdamW; everything but LoRA at rest_lr."""
-
-    def __call__(
-        self, model: nn.Module, *_args: Any, lr: float = 1e-3, rest_lr: float = 1e-3
-    ) -> torch.optim.Optimizer:
-        """The optimizer of a model; no weight decay, PEFT's damping (1e-2)."""
-        from peft.optimizers import create_riemannian_optimizer
-
-        optimizer = create_riemannian_optimizer(
-            model,  # pyright: ignore[reportArgumentType]
-            torch.optim.AdamW,
-            lr=lr,
-            weight_decay=0.0,
-        )
-        (group,) = optimizer.param_groups
-        optimizer.param_groups.clear()
-        for part in split_rest(model, lr, rest_lr):
-            optimizer.add_param_group({**group, **part})
-        return optimizer
+    return for_trainer("riemannian" if config.method == "riemannian" else "lora", **settings)
 
 
 def callbacks_of(model: Any, config: "TrainConfig") -> list[Any]:
