@@ -24,12 +24,12 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "rest": (),
     "finite": ("errors",),
     "optim": (*MODEL, "buckets", "finite", "rest"),
-    "preconditioned": (*MODEL, "buckets", "finite", "rest"),
+    "pairwise": (*MODEL, "buckets", "finite", "rest"),
     "adapter": (*CORE, "pairs"),
     "folders": ("errors", "pairs", "adapter"),
     "initialize": (*MODEL, "folders"),
     "saved": (*CORE, "pairs", "adapter", "folders"),
-    "trainer": (*MODEL, "optim", "preconditioned"),
+    "trainer": (*MODEL, "optim", "pairwise"),
     "tasks": (*MODEL, "optim", "initialize", "adapter", "saved", "trainer", "tasks"),
     "report": ("report",),
     "cli": (*MODEL, "optim", "adapter", "saved", "trainer", "tasks", "report", "cli"),
@@ -45,7 +45,7 @@ OTHERS = {
     "finite": {"torch"},
     "rest": {"torch"},
     "optim": {"torch"},
-    "preconditioned": {"torch"},
+    "pairwise": {"torch"},
 }
 """What the numerical parts may import from other packages, beside the standard library."""
 

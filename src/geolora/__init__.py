@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from geolora.adapter import export, prune, ranks, suggest_budget
     from geolora.initialize import get_lora_one_state, initialize_lora_one
     from geolora.optim import GeoLoRA
-    from geolora.preconditioned import RiemannianAdamW
+    from geolora.pairwise import LoRAPro, RiemannianAdamW
     from geolora.saved import inspect, verify
     from geolora.trainer import for_trainer
 
@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "GeoLoRA",
+    "LoRAPro",
     "RiemannianAdamW",
     "export",
     "for_trainer",
@@ -32,7 +33,8 @@ __all__ = [
 
 _HOME = {
     "GeoLoRA": "geolora.optim",
-    "RiemannianAdamW": "geolora.preconditioned",
+    "LoRAPro": "geolora.pairwise",
+    "RiemannianAdamW": "geolora.pairwise",
     "export": "geolora.adapter",
     "for_trainer": "geolora.trainer",
     "get_lora_one_state": "geolora.initialize",

@@ -8,7 +8,7 @@ A group holds what must survive a checkpoint as plain numbers: `layers` (names),
 import math
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -138,6 +138,27 @@ def refuse_other_state(groups: list[dict[str, Any]], state_dict: dict[str, Any])
                     f"GeoLoRA.load_state_dict: `{key}` must be {shape} for {group['layers'][0]}; "
                     f"got {tuple(first[key].shape)}. Use the rank it was saved with."
                 )
+
+
+def load_keeping_dtypes(
+    optimizer: torch.optim.Optimizer,
+    load: Callable[[dict[str, Any]], None],
+    state_dict: dict[str, Any],
+) -> None:
+    """Load a state by torch's rule, which casts to the dtype of the parameter; then undo the cast.
+
+    Tensors are copies, on the parameter's device but for AdamW's `step`, which stays where it was.
+    """
+    saved = [
+        state_dict["state"].get(key) for g in state_dict["param_groups"] for key in g["params"]
+    ]
+    load(state_dict)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for p, values in zip(params, saved, strict=True):
+        for key, value in (values or {}).items():
+            if isinstance(value, Tensor):
+                device = value.device if key == "step" else p.device
+                optimizer.state[p][key] = value.to(device, copy=True)
 
 
 def stacked_gradients(params: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from geolora.buckets import (
     by_gain,
     fingerprints,
+    load_keeping_dtypes,
     make_masters,
     new_groups,
     new_probes,
@@ -461,16 +462,7 @@ class GeoLoRA(torch.optim.Optimizer):
             StateError: the state is of other layers or shapes, or not whole; nothing is changed.
         """
         refuse_other_state(self.param_groups, state_dict)
-        saved = [
-            state_dict["state"].get(key) for g in state_dict["param_groups"] for key in g["params"]
-        ]
-        super().load_state_dict(state_dict)
-        params = [p for group in self.param_groups for p in group["params"]]
-        for p, values in zip(params, saved, strict=True):
-            for key, value in (values or {}).items():
-                if isinstance(value, Tensor):
-                    device = value.device if key == "step" else p.device
-                    self.state[p][key] = value.to(device, copy=True)
+        load_keeping_dtypes(self, super().load_state_dict, state_dict)
         self._seen = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

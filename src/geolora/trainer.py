@@ -15,7 +15,7 @@ from torch import nn
 
 from geolora.errors import PairingError, SettingError
 from geolora.optim import GeoLoRA
-from geolora.preconditioned import RiemannianAdamW
+from geolora.pairwise import LoRAPro, RiemannianAdamW
 
 
 class GeoLoRAFactory:
@@ -32,6 +32,14 @@ class RiemannianFactory:
     def __call__(self, model: nn.Module, *_args: Any, **kwargs: Any) -> RiemannianAdamW:
         """The optimizer of a model; kwargs are `RiemannianAdamW`'s."""
         return RiemannianAdamW(model, **kwargs)
+
+
+class LoRAProFactory:
+    """Builds `LoRAPro` from a model."""
+
+    def __call__(self, model: nn.Module, *_args: Any, **kwargs: Any) -> LoRAPro:
+        """The optimizer of a model; kwargs are `LoRAPro`'s."""
+        return LoRAPro(model, **kwargs)
 
 
 class LoRAFactory:
@@ -65,6 +73,7 @@ def split_rest(model: nn.Module, lr: float, rest_lr: float) -> list[dict[str, An
 FACTORIES: dict[str, tuple[type, Any]] = {
     "geolora": (GeoLoRAFactory, GeoLoRA),
     "lora": (LoRAFactory, LoRAFactory.__call__),
+    "lora-pro": (LoRAProFactory, LoRAPro),
     "riemannian": (RiemannianFactory, RiemannianAdamW),
 }
 """Method: what builds its optimizer, and whose arguments it takes."""
@@ -74,7 +83,7 @@ def for_trainer(method: str, **settings: Any) -> tuple[type, dict[str, Any]]:
     """What `Trainer(optimizer_cls_and_kwargs=...)` takes.
 
     Args:
-        method: "geolora", "riemannian" (`RiemannianAdamW`) or "lora" (AdamW on the pairs).
+        method: "geolora", "lora-pro", "riemannian" (`RiemannianAdamW`) or "lora" (AdamW on the pairs).
         settings: keyword arguments of the optimizer, for "lora" lr and rest_lr; checked here,
             values when the optimizer is built.
 

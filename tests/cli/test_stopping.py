@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from geolora import optim
+from geolora import LoRAPro, RiemannianAdamW, optim
 from geolora.cli.__main__ import main
 from geolora.tasks import text_classification as task
 from models import reviews, tiny_bert
@@ -139,23 +139,29 @@ WITHOUT = ("--save-every", STEPS)  # nothing is saved before the end, unless the
 
 
 @pytest.mark.parametrize(
-    "flags",
+    "flags, optimizer",
     [
-        ("--method", "pissa"),
-        ("--method", "eva"),
-        ("--method", "lora-then-truncate", "--budget", 2000),
-        ("--method", "lora", "--init", "lora-one"),
+        (("--method", "pissa"), torch.optim.AdamW),
+        (("--method", "eva"), torch.optim.AdamW),
+        (("--method", "lora-then-truncate", "--budget", 2000), torch.optim.AdamW),
+        (("--method", "lora", "--init", "lora-one"), torch.optim.AdamW),
+        (("--method", "lora-pro"), LoRAPro),
+        (("--method", "riemannian", "--init", "lora-one"), RiemannianAdamW),
     ],
 )
 def test_peers_go_on_exactly(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[object, ...]
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    flags: tuple[object, ...],
+    optimizer: type,
 ) -> None:
     more = [*flags, *WITHOUT]
     assert run("whole", *more)[0] == 0
     with monkeypatch.context() as patch:
-        at_step(patch, 8, ctrl_c, torch.optim.AdamW)
+        at_step(patch, 8, ctrl_c, optimizer)
         assert run("out", *more)[0] == 130
-    steps = at_step(monkeypatch, 0, ctrl_c, torch.optim.AdamW)
+    steps = at_step(monkeypatch, 0, ctrl_c, optimizer)
     assert run("out", *more)[0] == 0
     assert steps == [STEPS - 8]
     ours, theirs = (

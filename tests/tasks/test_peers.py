@@ -19,7 +19,7 @@ from models import lora_net, reviews, tiny_bert
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 RANK = 6
-LRS = {"geolora": 3e-2, "adalora": 5e-2, "rslora": 1e-2}
+LRS = {"geolora": 3e-2, "lora-pro": 1e-2, "adalora": 5e-2, "rslora": 1e-2}
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_a_start_from_the_gradient(model: Path, data: task.TextData, method: str
 def test_the_parameters_are_counted(outcomes: dict[str, task.Outcome]) -> None:
     reports = {method: outcome.report for method, outcome in outcomes.items()}
     full = reports["lora"]["adapter_parameters"]
-    for method in ("lora", "rslora", "riemannian"):
+    for method in ("lora", "rslora", "riemannian", "lora-pro"):
         assert reports[method]["adapter_parameters"] == full
         assert reports[method]["exported_parameters"] == full
         assert set(reports[method]["ranks"].values()) == {RANK}
@@ -146,6 +146,7 @@ def test_eva_sees_rows_enough_for_a_pooler(model: Path, data: task.TextData) -> 
 
 
 @pytest.mark.filterwarnings("ignore:.*(overflow|invalid value).*:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore::geolora.errors.SkippedStepWarning")
 @pytest.mark.parametrize("method", ["lora", "eva", "riemannian", "adalora"])
 def test_a_peer_that_diverges_is_an_error(model: Path, data: task.TextData, method: str) -> None:
     output = model.parent / f"diverged-{method}"

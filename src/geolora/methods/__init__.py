@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from geolora.methods import geolora, lora_one, riemannian
+from geolora.methods import geolora, lora_one, lora_pro, riemannian
 
 
 class Method(NamedTuple):
@@ -28,6 +28,12 @@ METHODS: dict[str, Method] = {
         "the best rank-r part of one step along the full gradient",
         lora_one.start,
         "2502.01235",
+    ),
+    "lora-pro": Method(
+        "step",
+        "factor gradients whose joint effect on W is the projected gradient",
+        lora_pro.factor_gradients,
+        "2407.18242",
     ),
     "riemannian": Method(
         "step",

@@ -37,7 +37,7 @@ class TrainConfig:
     metric: str | None = _flag(
         None, "score of the evaluation rows; accuracy or pearson if not given", tuple(METRICS)
     )
-    method: str = _flag("geolora", "how the adapter is trained, all but geolora by PEFT", METHODS)
+    method: str = _flag("geolora", "how the adapter is trained", METHODS)
     init: str = _flag("default", "start of the pairs: B = 0, or lora-one from the gradient", INITS)
     rank: int = _flag(16, "physical width r of every pair: the most a layer can use")
     start_rank: int | None = _flag(None, "rank to start with (geolora); all of --rank if not given")

@@ -1,6 +1,6 @@
-"""The methods of `geolora train`: GeoLoRA, and what PEFT has to compare it with.
+"""The methods of `geolora train`: GeoLoRA, its relatives, and what PEFT has to compare them with.
 
-Everything but geolora and riemannian is PEFT's own code, called and not rewritten:
+Everything but geolora, riemannian and lora-pro is PEFT's own code, called and not rewritten:
 
 | method             | what is done                                                        | paper            |
 |--------------------|---------------------------------------------------------------------|------------------|
@@ -11,6 +11,7 @@ Everything but geolora and riemannian is PEFT's own code, called and not rewritt
 | eva                | LoRA from the principal directions of the activations, ranks shared | arXiv 2410.07170 |
 | adalora            | three factors, importance-driven ranks; from --rank to 2/3 of it    | arXiv 2303.10512 |
 | riemannian         | LoRA, gradients preconditioned by (B^T B)^-1 and (A A^T)^-1, AdamW  | arXiv 2402.02347 |
+| lora-pro           | LoRA, the factors move so that W does what Adam does to P(W)G       | arXiv 2407.18242 |
 | lora-then-truncate | LoRA, then `convert_to_lora` down to --budget parameters            |                  |
 """
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 METHODS = (
     "geolora", "lora", "rslora", "dora", "pissa", "eva", "adalora", "riemannian",
-    "lora-then-truncate",
+    "lora-pro", "lora-then-truncate",
 )  # fmt: skip
 TAKES_BUDGET = ("geolora", "lora-then-truncate")
 OWN_START = ("pissa", "eva", "adalora")
@@ -166,7 +167,8 @@ def optimizer_of(config: "TrainConfig", total: int) -> tuple[type, dict[str, Any
             "settle_after": int(JUDGE * total),
         }
         return for_trainer("geolora", **settings)
-    return for_trainer("riemannian" if config.method == "riemannian" else "lora", **settings)
+    own = config.method in ("riemannian", "lora-pro")
+    return for_trainer(config.method if own else "lora", **settings)
 
 
 def callbacks_of(model: Any, config: "TrainConfig") -> list[Any]:

@@ -1,7 +1,8 @@
-"""RiemannianAdamW: PEFT's optimizer where PEFT is right, and right where it is not."""
+"""RiemannianAdamW and LoRAPro: equal to a plain reference or to PEFT, and safe where PEFT is not."""
 
 import copy
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import peft
@@ -20,9 +21,24 @@ from geolora.errors import (
     SkippedStepWarning,
     UnpairedParametersWarning,
 )
+from geolora.methods.lora_pro import Parts, factor_gradients
 from geolora.pairs import find_pairs
-from models import backward, lora_net, same, snapshot, train
+from models import backward, lora_net, products, same, snapshot, train
+from reference import basis_of, projection
 from tolerances import bound, difference
+
+KINDS = {
+    "riemannian": lambda model, **more: geolora.RiemannianAdamW(model, **{"lr": 1e-2, **more}),
+    "lora-pro": lambda model, **more: geolora.LoRAPro(model, **{"lr": 1e-3, **more}),
+    "lora-pro, full": lambda model, **more: geolora.LoRAPro(
+        model, moments="full", **{"lr": 1e-3, **more}
+    ),
+}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> Callable[..., torch.optim.Optimizer]:
+    return KINDS[request.param]
 
 
 def peer(model: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -94,11 +110,13 @@ def test_experts_are_still_refused_by_geolora() -> None:
         geolora.GeoLoRA(with_experts())
 
 
-def test_parameters_that_were_swapped_are_followed() -> None:
+def test_parameters_that_were_swapped_are_followed(
+    kind: Callable[..., torch.optim.Optimizer],
+) -> None:
     """As accelerate's FSDP2 does: other Parameter objects in the same places."""
     model = lora_net(r=3)
     twin = copy.deepcopy(model)
-    optimizer = geolora.RiemannianAdamW(model, lr=1e-2)
+    optimizer = kind(model)
     for name, parameter in list(model.named_parameters()):
         parent, _, last = name.rpartition(".")
         setattr(
@@ -107,7 +125,7 @@ def test_parameters_that_were_swapped_are_followed() -> None:
             nn.Parameter(parameter.detach().clone(), parameter.requires_grad),
         )
     fresh = dict(zip(map(id, twin.parameters()), model.parameters(), strict=True))
-    other = geolora.RiemannianAdamW(twin, lr=1e-2)
+    other = kind(twin)
     for ours, theirs in zip(optimizer.param_groups, other.param_groups, strict=True):
         ours["params"] = [fresh[id(p)] for p in theirs["params"]]
     train(model, optimizer, 5)
@@ -115,9 +133,11 @@ def test_parameters_that_were_swapped_are_followed() -> None:
     assert same(snapshot(model), snapshot(twin))
 
 
-def test_a_pair_without_a_gradient_is_left_alone() -> None:
+def test_a_pair_without_a_gradient_is_left_alone(
+    kind: Callable[..., torch.optim.Optimizer],
+) -> None:
     model = lora_net(r=3)
-    optimizer = geolora.RiemannianAdamW(model, lr=1e-2)
+    optimizer = kind(model)
     backward(model)
     pair = find_pairs(model)[0]
     pair.A.grad = pair.B.grad = None
@@ -128,27 +148,31 @@ def test_a_pair_without_a_gradient_is_left_alone() -> None:
     assert not any(".first." in name for name in changed)
 
 
-def test_state_goes_through_checkpoints_and_copies() -> None:
+def test_state_goes_through_checkpoints_and_copies(
+    kind: Callable[..., torch.optim.Optimizer],
+) -> None:
     model = lora_net(r=3)
-    optimizer = geolora.RiemannianAdamW(model, lr=1e-2)
+    optimizer = kind(model)
     train(model, optimizer, 3)
     other, twin = pickle.loads(pickle.dumps((model, optimizer)))
     third = copy.deepcopy(model)
-    loaded = geolora.RiemannianAdamW(third, lr=1e-2)
-    loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    loaded = kind(third)
+    loaded.load_state_dict(optimizer.state_dict())
     for m, o in ((model, optimizer), (other, twin), (third, loaded)):
         train(m, o, 3)
     assert same(snapshot(model), snapshot(other))
     assert same(snapshot(model), snapshot(third))
 
 
-def test_gradients_that_are_not_finite_skip_the_step() -> None:
+def test_gradients_that_are_not_finite_skip_the_step(
+    kind: Callable[..., torch.optim.Optimizer],
+) -> None:
     model = lora_net(r=3)
-    optimizer = geolora.RiemannianAdamW(model)
+    optimizer = kind(model)
     backward(model)
     find_pairs(model)[1].A.grad[0, 0] = torch.nan
     before = snapshot(model)
-    with pytest.warns(SkippedStepWarning, match="RiemannianAdamW.step: skipped.*second"):
+    with pytest.warns(SkippedStepWarning, match=r"step: skipped.*second"):
         optimizer.step()
     assert same(before, snapshot(model))
     for _ in range(18):
@@ -171,6 +195,98 @@ def test_gradients_that_are_not_finite_skip_the_step() -> None:
 def test_bad_settings(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(SettingError, match=words):
         geolora.RiemannianAdamW(lora_net(r=3), **settings)
+
+
+def plain_lora_pro(model: nn.Module, lr: float, steps: int, moments: str) -> None:
+    """Dense matrices, one layer after the other; the head by AdamW. In place."""
+    first, second, eps = 0.9, 0.999, 1e-8
+    pairs = find_pairs(model)
+    factors = {id(p) for pair in pairs for p in (pair.A, pair.B)}
+    rest = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad and id(p) not in factors],
+        lr=1e-3,
+        weight_decay=0.0,
+    )
+    memory: dict[str, Any] = {}
+    for t in range(1, steps + 1):
+        backward(model)
+        rest.step()
+        for pair in pairs:
+            A, B, s = pair.A.detach().clone(), pair.B.detach().clone(), pair.scale
+            U = basis_of(B) if B.any() else B[:, :0]
+            # any matrix with these factor gradients has the same projection
+            left = torch.linalg.lstsq(B.mT, pair.A.grad / s).solution if B.any() else None
+            right = torch.linalg.lstsq(A, (pair.B.grad / s).mT).solution.mT
+            G = right if left is None else U @ U.mT @ left + (right - U @ U.mT @ right)
+            M, v, rows, columns = memory.get(pair.name, (0 * G, 0 * G, 0 * G[:, 0], 0 * G[0]))
+            M = first * M + (1 - first) * G
+            v = second * v + (1 - second) * G**2
+            rows = second * rows + (1 - second) * (G**2).mean(1)
+            columns = second * columns + (1 - second) * (G**2).mean(0)
+            if moments == "full":
+                N = M / (1 - first**t) / ((v / (1 - second**t)).sqrt() + eps)
+            else:
+                outer = rows.unsqueeze(1) * columns / rows.mean() / (1 - second**t)
+                N = M / (1 - first**t) / outer.sqrt()
+            parts = (B.mT @ N, N @ A.mT)
+            g_A, g_B = factor_gradients(A, B, Parts(*parts), torch.tensor(s, dtype=A.dtype))
+            with torch.no_grad():
+                pair.A.sub_(lr * g_A)
+                pair.B.sub_(lr * g_B)
+            if moments == "tangent":
+                M = projection(M, basis_of(pair.B.detach()), basis_of(pair.A.detach().mT))
+            memory[pair.name] = (M, v, rows, columns)
+
+
+@pytest.mark.parametrize("moments", ["full", "tangent"])
+def test_lora_pro_equals_the_plain_algorithm_on_dense_matrices(moments: str) -> None:
+    model = lora_net(r=3, scale=2.0)
+    twin = copy.deepcopy(model)
+    train(model, geolora.LoRAPro(model, lr=1e-3, moments=moments), 8)
+    plain_lora_pro(twin, 1e-3, 8, moments)
+    for name, W in products(model).items():
+        assert difference(W, products(twin)[name]) < 1e-6, name
+
+
+@pytest.mark.parametrize("moments", ["full", "tangent"])
+@pytest.mark.parametrize("scale", [0.5, 4.0])
+def test_lora_pros_first_step_is_lr_in_w_whatever_the_scale(moments: str, scale: float) -> None:
+    model = lora_net(r=3, scale=scale)
+    train(model, geolora.LoRAPro(model, lr=1e-3, moments=moments), 1)
+    for name, W in products(model).items():
+        assert 1e-4 < W.square().mean().sqrt() < 2e-3, name
+
+
+def test_lora_pros_state_is_as_large_as_an_adapter() -> None:
+    base = nn.ModuleDict({"wide": nn.Linear(96, 96)})
+    base.forward = lambda x: base["wide"](x)  # type: ignore[method-assign]
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["wide"]))
+    sizes = {}
+    for moments in ("tangent", "full"):
+        optimizer = geolora.LoRAPro(model, moments=moments)
+        model(torch.randn(5, 96)).square().mean().backward()
+        optimizer.step()
+        sizes[moments] = sum(v.numel() for v in optimizer.state[find_pairs(model)[0].A].values())
+    assert sizes == {"tangent": 5 * 192, "full": 2 * 96 * 96}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_they_learn(name: str) -> None:
+    model = lora_net(r=3)
+    losses = train(model, KINDS[name](model, lr=3e-3), 100)
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_bf16_factors_have_float32_moments() -> None:
+    model = lora_net(r=3, dtype=torch.float32)
+    for pair in find_pairs(model):
+        pair.A.data, pair.B.data = pair.A.data.bfloat16(), pair.B.data.bfloat16()
+    optimizer = geolora.LoRAPro(model)
+    train(model, optimizer, 3, dtype=torch.float32)
+    state = optimizer.state_dict()
+    optimizer.load_state_dict(state)
+    kinds = {v.dtype for s in optimizer.state.values() for v in s.values()}
+    assert kinds == {torch.float32}
 
 
 def test_closures_and_embeddings() -> None:

@@ -1,0 +1,139 @@
+"""LoRA-Pro: factor gradients whose joint effect on W is the gradient's projection to the tangent space.
+
+Paper: Wang, Liang, He, Wang, Tan, "LoRA-Pro: Are low-rank adapters properly optimized?",
+    arXiv 2407.18242 (ICLR 2025).
+What this file computes: with W = s B A, the (g_A, g_B) for which s (B g_A + g_B A) = P(W)G, nearest to LoRA's
+    own gradients (theorem 2.1); Adam's moments in W space, in full (algorithm 1) or in the size of an adapter.
+Symbols: as in the paper; P_B and P_A project on the columns of B and the rows of A; a tangent matrix M is
+    held by on_A = B^T M (r, d_in) and on_B = M A^T (d_out, r), so LoRA's gradients are s times the parts of G.
+Differences from the authors' code: s is the pair's own; pseudo-inverses instead of a ridge, so B = 0 is an
+    ordinary point; float64 for all that is r x r.
+    The second form is ours: the first moment stays in the tangent space, carried by projection, and the second
+    is kept by its row and column means (as in Adafactor, arXiv 1804.04235).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+TINY = 1e-30
+"""Added to mean squares: where nothing was ever seen, nothing moves."""
+
+
+class Parts(NamedTuple):
+    """A tangent matrix M at (A, B): on_A = B^T M (*batch, r, d_in), on_B = M A^T (*batch, d_out, r)."""
+
+    on_A: Tensor
+    on_B: Tensor
+
+
+class Squares(NamedTuple):
+    """Mean squares of a matrix: of its rows (*batch, d_out), of its columns (*batch, d_in)."""
+
+    rows: Tensor
+    columns: Tensor
+
+
+class Metric(NamedTuple):
+    """Spectra of B^T B and A A^T: eigenvalues a, b and eigenvectors P, Q; float64."""
+
+    a: Tensor
+    P: Tensor
+    b: Tensor
+    Q: Tensor
+
+    @property
+    def of_B(self) -> Tensor:
+        """(B^T B)^+."""
+        return _pseudo_inverse(self.a, self.P)
+
+    @property
+    def of_A(self) -> Tensor:
+        """(A A^T)^+."""
+        return _pseudo_inverse(self.b, self.Q)
+
+
+def metric(A: Tensor, B: Tensor) -> Metric:
+    """The spectra at a pair, A (*batch, r, d_in) and B (*batch, d_out, r)."""
+    A, B = A.double(), B.double()
+    return Metric(*torch.linalg.eigh(B.mT @ B), *torch.linalg.eigh(A @ A.mT))
+
+
+def factor_gradients(
+    A: Tensor, B: Tensor, parts: Parts, scale: Tensor, at: Metric | None = None
+) -> tuple[Tensor, Tensor]:
+    """(g_A, g_B) with s (B g_A + g_B A) = P(W)M, nearest to LoRA's gradients s B^T M and s M A^T.
+
+        g_A = (B^T B)^+ B^T M / s + X A
+        g_B = (I - P_B) M A^T (A A^T)^+ / s - B X
+        B^T B X + X A A^T = -(B^T B)^+ B^T M A^T / s
+
+    Args:
+        A, B: (*batch, r, d_in), (*batch, d_out, r). parts: of M, in their dtype. scale: (*batch,), s > 0.
+        at: `metric(A, B)` where it is known.
+
+    Returns:
+        Tensors like A and B. Where B = 0: g_A = 0.
+    """
+    at = metric(A, B) if at is None else at
+    left, right = _split(A, B, parts, at)
+    X = at.P.mT @ (left.double() @ A.double().mT) @ at.Q
+    sums = at.a.unsqueeze(-1) + at.b.unsqueeze(-2)
+    X = at.P @ torch.where(sums > 0, -X / sums, torch.zeros_like(X)) @ at.Q.mT
+    X, s = X.to(A.dtype), scale.to(A.dtype).view(*scale.shape, 1, 1)
+    return (left + X @ A) / s, (right - B @ X) / s
+
+
+def carried(A: Tensor, B: Tensor, parts: Parts, new_A: Tensor, new_B: Tensor, at: Metric) -> Parts:
+    """The parts, at a new pair, of the projection of M to the tangent space there."""
+    left, right = _split(A, B, parts, at)
+    return Parts(
+        (new_B.mT @ B) @ left + (new_B.mT @ right) @ A,
+        B @ (left @ new_A.mT) + right @ (A @ new_A.mT),
+    )
+
+
+def mean_squares(A: Tensor, B: Tensor, parts: Parts, at: Metric) -> Squares:
+    """Mean squares of the rows and columns of a tangent matrix, without forming it."""
+    left, right = _split(A, B, parts, at)
+    X, Y = torch.cat([B, right], dim=-1), torch.cat([left, A], dim=-2)  # M = X Y
+    rows = ((X @ (Y @ Y.mT)) * X).sum(-1).clamp(min=0) / Y.shape[-1]
+    columns = ((X.mT @ X @ Y) * Y).sum(-2).clamp(min=0) / X.shape[-2]
+    return Squares(rows, columns)
+
+
+def normalised(A: Tensor, B: Tensor, parts: Parts, squares: Squares, at: Metric) -> Parts:
+    """The parts of N = M / sqrt(v), v_ij = rows_i columns_j / mean(rows): entries of size one, as Adam's."""
+    left, right = _split(A, B, parts, at)
+    rows, columns = (part + TINY for part in squares)
+    on_rows = (rows / rows.mean(-1, keepdim=True)).rsqrt().unsqueeze(-1)
+    on_columns = columns.rsqrt().unsqueeze(-2)
+    b, a = on_rows * B, on_columns * A  # N = b (left on_columns) + (on_rows right) a
+    left, right = on_columns * left, on_rows * right
+    return Parts((B.mT @ b) @ left + (B.mT @ right) @ a, b @ (left @ A.mT) + right @ (a @ A.mT))
+
+
+def dense(A: Tensor, B: Tensor, parts: Parts, at: Metric) -> Tensor:
+    """M itself, (*batch, d_out, d_in)."""
+    left, right = _split(A, B, parts, at)
+    return B @ left + right @ A
+
+
+def parts_of(M: Tensor, A: Tensor, B: Tensor) -> Parts:
+    """The parts of any matrix M: those of its projection to the tangent space."""
+    return Parts(B.mT @ M, M @ A.mT)
+
+
+def _split(A: Tensor, B: Tensor, parts: Parts, at: Metric) -> tuple[Tensor, Tensor]:
+    """left (r, d_in) and right (d_out, r), right orthogonal to B: M = B left + right A."""
+    of_B, of_A = at.of_B.to(A.dtype), at.of_A.to(A.dtype)
+    outside = parts.on_B - B @ (of_B @ (B.mT @ parts.on_B))
+    return of_B @ parts.on_A, outside @ of_A
+
+
+def _pseudo_inverse(values: Tensor, vectors: Tensor) -> Tensor:
+    """From a spectrum; what is below 1e-13 of the largest value is rounding."""
+    real = values > 1e-13 * values[..., -1:].clamp(min=0)
+    inverse = torch.where(real, values, torch.ones_like(values)).reciprocal() * real
+    return (vectors * inverse.unsqueeze(-2)) @ vectors.mT

@@ -1,0 +1,317 @@
+"""Optimizers that train LoRA's factors as they are: `RiemannianAdamW` and `LoRAPro`.
+
+All else that is trainable goes to AdamW. Pairs are found by position in the param groups, [A1, B1, A2, B2, …],
+one group per shape, so what swaps the Parameter objects of a group (FSDP2) is followed.
+"""
+
+import math
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from geolora.buckets import by_shape, load_keeping_dtypes, pairs_of, scales_of
+from geolora.errors import SettingError, SetupError, UnpairedParametersWarning, at_most_three
+from geolora.finite import to_be_skipped, total
+from geolora.methods import lora_pro
+from geolora.methods.riemannian import precondition
+from geolora.pairs import Pair, find_pairs, refuse_frozen, unpaired_lora_layers
+from geolora.rest import SETTINGS, adamw_step
+
+
+class _Pairwise(torch.optim.Optimizer):
+    """One group per bucket of pairs of equal shape, one for the rest; steps skipped where not finite."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        pairs: list[Pair],
+        own: dict[str, Any],
+        rest_lr: float,
+        adapter_name: str | None,
+    ) -> None:
+        who = type(self).__name__
+        for name, value in (("lr", own["lr"]), ("rest_lr", rest_lr)):
+            self._demand(name, value, value >= 0 and math.isfinite(value), "a number >= 0")
+        self._demand("eps", own["eps"], own["eps"] > 0, "a number > 0")
+        good = all(0 <= beta < 1 for beta in own["betas"])
+        self._demand("betas", own["betas"], good, "two numbers in [0, 1)")
+        refuse_frozen(pairs)
+        groups: list[dict[str, Any]] = [
+            {
+                "kind": "pairs",
+                "params": [p for pair in bucket for p in (pair.A, pair.B)],
+                "layers": [pair.name for pair in bucket],
+                "scales": [pair.scale for pair in bucket],
+                "experts": bucket[0].experts,
+                "skipped": 0,
+                **own,
+            }
+            for bucket in by_shape(pairs)
+        ]
+        paired = {id(p) for group in groups for p in group["params"]}
+        rest = [p for p in model.parameters() if p.requires_grad and id(p) not in paired]
+        if rest:
+            groups.append({**SETTINGS, "params": rest, "lr": rest_lr})
+        if unpaired := unpaired_lora_layers(model, adapter_name):
+            warnings.warn(
+                f"{who}: LoRA on embeddings is trained by AdamW: {at_most_three(unpaired)}.",
+                UnpairedParametersWarning,
+                stacklevel=3,
+            )
+        super().__init__(groups, {"lr": own["lr"], "rest_lr": rest_lr})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step; one with a gradient that is not finite is skipped as a whole."""
+        who = type(self).__name__
+        if closure is not None:
+            raise SetupError(
+                f"{who}.step: closures are not supported. Compute the loss and call backward() "
+                "before step()."
+            )
+        grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
+        totals = [total(grad) for grad in grads]
+        if to_be_skipped(who, self.param_groups[0], totals, self._culprits):
+            return
+        for group in self.param_groups:
+            if group["kind"] == "rest":
+                adamw_step(group, self.state)
+            elif any(p.grad is not None for p in group["params"]):
+                self._advance(group)
+
+    def _advance(self, group: dict[str, Any]) -> None:
+        """One step of a bucket of pairs, of which one at least has a gradient."""
+        raise NotImplementedError
+
+    def _culprits(self) -> list[str]:
+        return [
+            name
+            for group in self.param_groups
+            if group["kind"] == "pairs"
+            for name, pair in zip(group["layers"], pairs_of(group["params"]), strict=True)
+            if any(p.grad is not None and not p.grad.isfinite().all() for p in pair)
+        ]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a copy of a state; every tensor keeps the dtype it was saved in."""
+        load_keeping_dtypes(self, super().load_state_dict, state_dict)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters for AdamW; pairs are found when the optimizer is built, not here."""
+        if "kind" not in param_group:
+            param_group = {**SETTINGS, "lr": self.defaults["rest_lr"], **param_group}
+        super().add_param_group(param_group)
+
+    def _demand(self, name: str, value: object, met: bool, condition: str) -> None:
+        if not met:
+            raise SettingError(
+                f"{type(self).__name__}: `{name}` must be {condition}; got {value!r}."
+            )
+
+
+class RiemannianAdamW(_Pairwise):
+    """AdamW on LoRA's factor gradients in the metric of the other factor, for any LoRA pairs.
+
+    grad_A becomes (B^T B + damping I)^-1 grad_A and grad_B becomes grad_B (A A^T + damping I)^-1, both of the
+    pair before the step. All layers of a shape are solved together. MoE experts (`target_parameters`) are
+    taken as the separate pairs they are.
+
+    Args:
+        model: a PeftModel, or any module with LoRA layers (see `pairs.py`).
+        lr: AdamW's step size for the factors.
+        rest_lr: that for everything else that is trainable.
+        damping: above 0; what keeps a solve from blowing up while a factor is small (B starts at 0).
+        betas, eps, weight_decay: AdamW's, for the factors.
+        adapter_name: which adapter of the model; None for the active one.
+
+    Raises:
+        PairingError: no pair, or a layer that cannot be treated.
+        SettingError: an argument out of its range.
+        SetupError: partitioned or sharded factors; a closure given to `step`.
+        NonFiniteGradientError: 20 steps in a row without a finite gradient.
+
+    Source: arXiv 2402.02347; as an option of LoRA-One, arXiv 2502.01235.
+
+    Example:
+        >>> optimizer = RiemannianAdamW(model, lr=1e-3)     # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 1e-3,
+        *,
+        rest_lr: float = 1e-3,
+        damping: float = 1e-2,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        adapter_name: str | None = None,
+    ) -> None:
+        self._demand("damping", damping, damping > 0 and math.isfinite(damping), "a number > 0")
+        self._demand("weight_decay", weight_decay, weight_decay >= 0, "a number >= 0")
+        own = {
+            "lr": lr,
+            "damping": damping,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+        }
+        pairs = find_pairs(model, adapter_name, with_experts=True)
+        super().__init__(model, pairs, own, rest_lr, adapter_name)
+
+    def _advance(self, group: dict[str, Any]) -> None:
+        fused = all(
+            p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in group["params"]
+        )
+        adamw_step(group, self.state, list(_preconditioned(group)), fused)
+
+
+def _preconditioned(group: dict[str, Any]) -> Iterable[Tensor]:
+    """The preconditioned gradients of a bucket, for its parameters that have one."""
+    live = [pair for pair in pairs_of(group["params"]) if any(p.grad is not None for p in pair)]
+    count = group["experts"]
+
+    def of_experts(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """(pairs * experts, r, d_in) and (pairs * experts, d_out, r)."""
+        A = A.unflatten(1, (count, -1)).flatten(0, 1)
+        return A, B.unflatten(-1, (-1, count)).movedim(-1, 1).flatten(0, 1)
+
+    pairs, grads = of_experts(*_stacked(live)), of_experts(*_stacked(live, grads=True))
+    on_A, on_B = precondition(*pairs, *grads, group["damping"])
+    on_A = on_A.unflatten(0, (-1, count)).flatten(1, 2)
+    on_B = on_B.unflatten(0, (-1, count)).movedim(1, -1).flatten(-2)
+    for pair, parts in zip(live, zip(on_A, on_B, strict=True), strict=True):
+        for p, part in zip(pair, parts, strict=True):
+            if p.grad is not None:
+                yield part.to(p.grad.dtype).reshape(p.shape)
+
+
+class LoRAPro(_Pairwise):
+    """Descent on LoRA's factors whose effect on W is Adam's on the projected gradient P(W)G.
+
+    Adam's direction N is made in W space, from moments of P(W)G = U U^T G + G V V^T - U U^T G V V^T; then the
+    factors move so that W moves by -lr P(W)N to first order, and as little else as possible.
+
+    Args:
+        model: a PeftModel, or any module with LoRA layers (see `pairs.py`).
+        lr: change of the entries of W in a step, about; the same unit as Adam's in full fine-tuning.
+        rest_lr: AdamW's step size for everything else that is trainable.
+        moments: "tangent" (state of an adapter's size: the first moment stays in the tangent space, the
+            second is kept by row and column means) or "full" (the paper's: two matrices of W's size per layer).
+        betas, eps: Adam's.
+        adapter_name: which adapter of the model; None for the active one.
+
+    Precision:
+        Moments are float32 (float64 for float64 pairs), r x r problems float64.
+
+    Raises:
+        As `RiemannianAdamW`.
+
+    Source: arXiv 2407.18242, theorem 2.1 and algorithm 1; "tangent" is ours.
+
+    Example:
+        >>> optimizer = LoRAPro(model)                      # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 1e-4,
+        *,
+        rest_lr: float = 1e-3,
+        moments: str = "tangent",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        adapter_name: str | None = None,
+    ) -> None:
+        forms = ("tangent", "full")
+        self._demand("moments", moments, moments in forms, f"one of {forms}")
+        own = {"lr": lr, "moments": moments, "betas": betas, "eps": eps, "steps": 0}
+        super().__init__(model, find_pairs(model, adapter_name), own, rest_lr, adapter_name)
+
+    def _advance(self, group: dict[str, Any]) -> None:
+        pairs = list(pairs_of(group["params"]))
+        A, B = _stacked(pairs)
+        scale = scales_of(group, A)
+        s = scale.view(-1, 1, 1)
+        on_A, on_B = _stacked(pairs, grads=True)
+        seen = lora_pro.Parts(on_A / s, on_B / s)
+        at = lora_pro.metric(A, B)
+        state = self.state[group["params"][0]]
+        group["steps"] += 1
+        step = self._full if group["moments"] == "full" else self._tangent
+        parts, mean = step(group, state, A, B, seen, at)
+        g_A, g_B = lora_pro.factor_gradients(A, B, parts, scale, at)
+        new_A, new_B = A - group["lr"] * g_A, B - group["lr"] * g_B
+        for i, pair in enumerate(pairs):
+            if all(p.grad is None for p in pair):
+                new_A[i], new_B[i] = A[i], B[i]
+                continue
+            for p, new in zip(pair, (new_A[i], new_B[i]), strict=True):
+                p.copy_(new.reshape(p.shape))
+        if mean is not None:
+            written = _stacked(pairs)  # as rounded to the dtype of the factors
+            moved = lora_pro.carried(A, B, mean, *written, at)
+            state["on_A"], state["on_B"] = moved
+
+    @staticmethod
+    def _tangent(
+        group: dict[str, Any],
+        state: dict[str, Any],
+        A: Tensor,
+        B: Tensor,
+        seen: lora_pro.Parts,
+        at: lora_pro.Metric,
+    ) -> tuple[lora_pro.Parts, lora_pro.Parts]:
+        """N by its parts, and the first moment."""
+        now = lora_pro.mean_squares(A, B, seen, at)
+        if not state:
+            state.update(zip(("on_A", "on_B"), map(torch.zeros_like, seen), strict=True))
+            state.update(zip(("rows", "columns"), map(torch.zeros_like, now), strict=True))
+        first, second = group["betas"]
+        for key, part in zip(("on_A", "on_B"), seen, strict=True):
+            state[key].lerp_(part, 1 - first)
+        for key, part in zip(("rows", "columns"), now, strict=True):
+            state[key].lerp_(part, 1 - second)
+        mean = lora_pro.Parts(state["on_A"], state["on_B"])
+        unbiased = 1 - second ** group["steps"]
+        squares = lora_pro.Squares(state["rows"] / unbiased, state["columns"] / unbiased)
+        N = lora_pro.normalised(A, B, mean, squares, at)
+        share = 1 / (1 - first ** group["steps"])
+        return lora_pro.Parts(share * N.on_A, share * N.on_B), mean
+
+    @staticmethod
+    def _full(
+        group: dict[str, Any],
+        state: dict[str, Any],
+        A: Tensor,
+        B: Tensor,
+        seen: lora_pro.Parts,
+        at: lora_pro.Metric,
+    ) -> tuple[lora_pro.Parts, None]:
+        """N by its parts."""
+        G = lora_pro.dense(A, B, seen, at)
+        if not state:
+            state.update(exp_avg=torch.zeros_like(G), exp_avg_sq=torch.zeros_like(G))
+        first, second = group["betas"]
+        state["exp_avg"].lerp_(G, 1 - first)
+        state["exp_avg_sq"].mul_(second).addcmul_(G, G, value=1 - second)
+        root = (state["exp_avg_sq"] / (1 - second ** group["steps"])).sqrt_().add_(group["eps"])
+        N = state["exp_avg"] / (1 - first ** group["steps"]) / root
+        return lora_pro.parts_of(N, A, B), None
+
+
+def _stacked(pairs: list[tuple[Tensor, Tensor]], grads: bool = False) -> tuple[Tensor, Tensor]:
+    """A (n, r, d_in) and B (n, d_out, r), or their gradients (zero where there is none); float32 or wider."""
+    dtype = torch.promote_types(pairs[0][0].dtype, torch.float32)
+    sides = []
+    for side in zip(*pairs, strict=True):
+        parts = side
+        if grads:
+            parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in side]
+        sides.append(torch.stack([part.flatten(1) for part in parts]).to(dtype))
+    return sides[0], sides[1]
