@@ -15,7 +15,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import geolora
-from geolora.errors import DataError, GradientError, SettingError, SetupError, StateError
+from geolora.errors import (
+    BudgetError,
+    DataError,
+    GradientError,
+    SettingError,
+    SetupError,
+    StateError,
+)
 from geolora.pairs import find_pairs
 from models import D_IN, lora_net, products, same, snapshot, tiny_bert, train
 from tolerances import bound, difference
@@ -357,6 +364,27 @@ def test_a_gradient_of_lower_rank_leaves_probes_behind() -> None:
     assert pair.A.ne(0).any(1).all(), "slots that can still learn"
 
 
+def test_a_budget_goes_where_the_loss_falls_fastest() -> None:
+    model = lora_net(r=4)
+    gradients = dense(model, batches(), loss_of)
+    given = {"width": 10, "tolerance": 0}
+    geolora.initialize_lora_one(model, batches(), loss_of, budget=150, **given)
+    ranks = geolora.ranks(model)
+    costs = {pair.name: pair.d_in + pair.d_out for pair in find_pairs(model)}
+    used = sum(ranks[name] * costs[name] for name in costs)
+    assert 150 - max(costs.values()) < used <= 150
+    worth = {  # all layers are 12 at their widest: the unit is the same
+        name: torch.linalg.svdvals(G)[:4] / costs[name] for name, G in gradients.items()
+    }
+    least = min(float(worth[name][ranks[name] - 1]) for name in ranks if ranks[name] > 1)
+    first_out = max(float(worth[name][ranks[name]]) for name in ranks if ranks[name] < 4)
+    assert least > first_out
+    for pair in find_pairs(model):
+        assert pair.A.ne(0).any(1).sum() == pair.B.ne(0).any(0).sum() == ranks[pair.name]
+    train(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01), 5)
+    assert geolora.ranks(model) == ranks, "AdamW leaves idle slots idle"
+
+
 def bad(**change: Any) -> Callable[[PeftModel], Any]:
     def call(model: PeftModel) -> Any:
         given: dict[str, Any] = {"batches": batches(), "loss_fn": loss_of, **change}
@@ -383,6 +411,7 @@ def bad(**change: Any) -> Callable[[PeftModel], Any]:
         (bad(norm=0.0), SettingError, "`norm` must be above 0"),
         (bad(norm=float("nan")), SettingError, "`norm` must be above 0"),
         (bad(width=2), SettingError, "`width` must be the adapter's rank, 3"),
+        (bad(budget=10), BudgetError, "`budget` must hold one direction"),
         (bad(passes=1), SettingError, "`passes` must be 2"),
         (bad(tolerance=1.0), SettingError, r"`tolerance` must be in \[0, 1\)"),
         (bad(state={}), StateError, "must be of this model"),

@@ -25,8 +25,16 @@ from geolora.errors import DataError, GradientError, SettingError, SetupError, S
 from geolora.factors import to_pair
 from geolora.folders import read_tensors
 from geolora.kernels.sketch import Triplets, missing, random_basis, seen_from_left, seen_from_right
+from geolora.kernels.truncate import settled_ranks
 from geolora.methods import lora_one
-from geolora.pairs import Pair, adapter_of, factor_modules, find_pairs, refuse_unused
+from geolora.pairs import (
+    Pair,
+    adapter_of,
+    check_budget,
+    factor_modules,
+    find_pairs,
+    refuse_unused,
+)
 
 Loss = Callable[[nn.Module, Any], Tensor]
 NORM = 0.05
@@ -59,6 +67,7 @@ def initialize_lora_one(
     adapter_name: str | None = None,
     *,
     norm: float = NORM,
+    budget: int | None = None,
     state: dict[str, Tensor] | str | Path | None = None,
     check_descent: bool = False,
     width: int | None = None,
@@ -79,12 +88,16 @@ def initialize_lora_one(
         loss_fn: (model, batch) -> scalar loss.
         adapter_name: which adapter; None for the active one.
         norm: ||W||_2 after the start, whatever LoRA's scale is; above 0.
+        budget: adapter parameters to start with, sum of rank * (d_in + d_out): directions are shared out
+            over all layers by how fast the loss falls along them, per parameter. Slots that are left over
+            are zero on both sides: `GeoLoRA` may fill them where its rank grows, AdamW never does.
         state: what `get_lora_one_state` returned, or a safetensors file of it, instead of the passes.
         check_descent: halve `norm`, at most eight times, until the loss of the batches has fallen.
         width, passes, tolerance, fresh_batches: as in `get_lora_one_state`.
 
     Raises:
-        SettingError: an argument out of its range, an unknown adapter.
+        SettingError: an argument out of its range, an unknown adapter. BudgetError: less than one
+            direction per layer.
         PairingError: no pairs, or layers that cannot be treated (table in geolora.pairs).
         SetupError: a pair that is trained already (B is not zero), an adapter that is not in use.
         DataError: no batches, or one that gives no loss.
@@ -96,6 +109,7 @@ def initialize_lora_one(
     if batches is None and (state is None or check_descent):
         raise SettingError("initialize_lora_one: `batches` must be given, or a `state`.")
     pairs = _fresh_pairs(model, adapter_of(model, adapter_name))
+    check_budget(pairs, budget)
     if batches is not None and not fresh_batches:
         batches = list(batches)
     if state is None:
@@ -113,17 +127,19 @@ def initialize_lora_one(
         read_tensors(Path(state)) if isinstance(state, str | Path) else state, pairs
     )
 
+    ranks = _ranks(pairs, found, budget)
+
     def loss() -> float:
         return mean_loss(model, batches or [], loss_fn)
 
     before = loss() if check_descent else None
-    _write(pairs, found, norm)
+    _write(pairs, found, norm, ranks)
     after = loss() if check_descent else None
     for _ in range(HALVINGS):
         if before is None or after is None or after < before:
             break
         norm /= 2
-        _write(pairs, found, norm)
+        _write(pairs, found, norm, ranks)
         after = loss()
     untouched = [pair.name for pair in pairs if not found[pair.name].sigma.any()]
     return GradientStart(norm, unseen, untouched, before, after)
@@ -377,13 +393,30 @@ def _of_state(
     return found, unseen
 
 
+def _ranks(pairs: list[Pair], found: dict[str, Triplets], budget: int | None) -> list[int]:
+    """Slots to start with. The fall of the loss along a direction, for a step in the unit of `GeoLoRA`'s
+    lr (proportional to sqrt(max(d_out, d_in)) within a model), is sigma times that unit.
+    """
+    if budget is None:
+        return [pair.r for pair in pairs]
+    sigmas = [found[pair.name].sigma for pair in pairs]
+    costs = [pair.d_in + pair.d_out for pair in pairs]
+    units = [math.sqrt(max(pair.d_in, pair.d_out)) for pair in pairs]
+    worth = [unit * sigma for unit, sigma in zip(units, sigmas, strict=True)]
+    return settled_ranks(sigmas, costs, 0.0, budget, worth)
+
+
 @torch.no_grad()
-def _write(pairs: list[Pair], found: dict[str, Triplets], norm: float) -> None:
-    """Write the start into the pairs; slots without a gradient become probes, layers without keep theirs."""
-    for pair in pairs:
+def _write(pairs: list[Pair], found: dict[str, Triplets], norm: float, ranks: list[int]) -> None:
+    """Write the start into the pairs; layers without a gradient keep theirs.
+
+    Slots within the rank that have no gradient become probes, so that they can still learn.
+    """
+    for pair, rank in zip(pairs, ranks, strict=True):
         if not found[pair.name].sigma.any():
             continue
         U, sigma, V = lora_one.start(*found[pair.name], norm)
         A, B = to_pair(U, sigma, V, torch.tensor(pair.scale), torch.tensor(pair.r))
-        pair.A.copy_(A.reshape(pair.A.shape))
-        pair.B.copy_((B * (sigma > 0)).reshape(pair.B.shape))
+        kept = torch.arange(pair.r) < rank
+        pair.A.copy_((A * kept.unsqueeze(-1)).reshape(pair.A.shape))
+        pair.B.copy_((B * (kept & (sigma > 0))).reshape(pair.B.shape))
