@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from geolora.cli.__main__ import build_parser
@@ -26,6 +27,12 @@ def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     exec(compile(code, "README.md", "exec"), names)
     assert (tmp_path / "adapter" / "adapter_config.json").is_file()
     assert set(names["geolora"].ranks(names["model"]).values()) != {0}
+    start = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    fresh = LlamaForCausalLM(config)
+    names["model"] = get_peft_model(fresh, LoraConfig(r=4, target_modules="all-linear"))
+    names["batches"] = loader
+    exec(compile(start, "README.md", "exec"), names)
+    assert set(names["geolora"].ranks(names["model"]).values()) == {4}
 
 
 def test_every_command_and_flag_it_names_exists() -> None:
