@@ -385,6 +385,53 @@ def test_a_budget_goes_where_the_loss_falls_fastest() -> None:
     assert geolora.ranks(model) == ranks, "AdamW leaves idle slots idle"
 
 
+def test_lora_ga_changes_nothing_and_then_moves_along_the_best_2h_directions() -> None:
+    model = lora_net(r=4, scale=2.0)
+    gradients = dense(model, batches(1), loss_of)
+    x, labels = batches(1)[0]
+    before = model(x).detach()
+    start = geolora.initialize_lora_ga(model, batches(1), loss_of, gamma=4.0, width=10, tolerance=0)
+    assert start.untouched == []
+    assert difference(model(x).detach(), before) < 1e-6, "the function is the same"
+    lr, pairs = 1e-6, find_pairs(model)
+    kept = [(p.A.detach()[2:].clone(), p.B.detach()[:, 2:].clone()) for p in pairs]
+    optimizer = torch.optim.SGD([p for pair in pairs for p in (pair.A, pair.B)], lr=lr)
+    nn.functional.cross_entropy(model(x).double(), labels).backward()
+    optimizer.step()
+    for pair, (A, B) in zip(pairs, kept, strict=True):
+        c2 = pair.d_out**0.5 / 4.0
+        moved = (pair.scale * pair.B @ pair.A).detach() / (-lr * pair.scale**2 * c2)
+        assert difference(moved, best(gradients[pair.name], 4)) < 1e-3, pair.name
+        assert torch.equal(pair.A.detach()[2:], A)
+        assert torch.equal(pair.B.detach()[:, 2:], B)
+
+
+@pytest.mark.parametrize("initialize", [geolora.initialize_lora_one, geolora.initialize_lora_ga])
+def test_every_start_is_saved_and_loaded_like_any_adapter(
+    initialize: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = lora_net(r=4, dtype=torch.float32)
+    base = copy.deepcopy(model).unload()
+    x = batches(1, torch.float32)[0][0]
+    initialize(model, batches(dtype=torch.float32), loss_of)
+    factors = [p for pair in find_pairs(model) for p in (pair.A, pair.B)]
+    train(model, torch.optim.AdamW(factors, lr=1e-3, weight_decay=0.0), 5, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "by-peft")
+    geolora.export(model, tmp_path / "by-us")
+    for folder in ("by-peft", "by-us"):
+        loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / folder)
+        assert difference(loaded(x).detach(), model.eval()(x).detach()) < 1e-5, folder
+
+
+def test_lora_ga_needs_an_even_rank_and_a_positive_gamma() -> None:
+    with pytest.raises(SettingError, match="the rank must be even"):
+        geolora.initialize_lora_ga(lora_net(r=3), batches(), loss_of)
+    with pytest.raises(SettingError, match="`gamma` must be above 0"):
+        geolora.initialize_lora_ga(lora_net(r=4), batches(), loss_of, gamma=0.0)
+    with pytest.raises(SettingError, match="`batches` must be given"):
+        geolora.initialize_lora_ga(lora_net(r=4))
+
+
 def bad(**change: Any) -> Callable[[PeftModel], Any]:
     def call(model: PeftModel) -> Any:
         given: dict[str, Any] = {"batches": batches(), "loss_fn": loss_of, **change}

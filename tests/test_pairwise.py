@@ -23,7 +23,7 @@ from geolora.errors import (
 )
 from geolora.methods.lora_pro import Parts, factor_gradients
 from geolora.pairs import find_pairs
-from models import backward, lora_net, products, same, snapshot, train
+from models import backward, batch, lora_net, products, same, snapshot, train
 from reference import basis_of, projection
 from tolerances import bound, difference
 
@@ -33,7 +33,20 @@ KINDS = {
     "lora-pro, full": lambda model, **more: geolora.LoRAPro(
         model, moments="full", **{"lr": 1e-3, **more}
     ),
+    "lora-sb": lambda model, **more: geolora.LoRASB(started(model), **{"lr": 1e-2, **more}),
+    "rac-lora": lambda model, **more: geolora.RACLoRA(model, 2, 3, **{"lr": 1e-2, **more}),
 }
+
+
+def started(model: nn.Module) -> nn.Module:
+    """After `initialize_lora_sb`, unless it is already."""
+    if not find_pairs(model)[0].B.any():
+        geolora.initialize_lora_sb(model, [batch()], one_loss)
+    return model
+
+
+def one_loss(model: nn.Module, given: tuple[Tensor, Tensor]) -> Tensor:
+    return nn.functional.cross_entropy(model(given[0]), given[1])
 
 
 @pytest.fixture(params=KINDS)
@@ -190,6 +203,7 @@ def test_gradients_that_are_not_finite_skip_the_step(
         ({"damping": 0.0}, "`damping` must be a number > 0"),
         ({"eps": 0.0}, "`eps` must be a number > 0"),
         ({"betas": (0.9, 1.0)}, "`betas` must be two numbers"),
+        ({"weight_decay": -1.0}, "`weight_decay` must be a number >= 0"),
     ],
 )
 def test_bad_settings(settings: dict[str, Any], words: str) -> None:
@@ -273,8 +287,71 @@ def test_lora_pros_state_is_as_large_as_an_adapter() -> None:
 @pytest.mark.parametrize("name", KINDS)
 def test_they_learn(name: str) -> None:
     model = lora_net(r=3)
-    losses = train(model, KINDS[name](model, lr=3e-3), 100)
+    slow = {"lora-sb": 3e-2, "rac-lora": 3e-2}  # fewer numbers are trained
+    losses = train(model, KINDS[name](model, lr=slow.get(name, 3e-3)), 100)
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_lora_sb_is_adam_on_the_core_and_nothing_else() -> None:
+    model = started(lora_net(r=3, scale=2.0))
+    twin = copy.deepcopy(model)
+    train(model, geolora.LoRASB(model, lr=1e-2), 6)
+    head = [p for name, p in twin.named_parameters() if p.requires_grad and "lora_" not in name]
+    rest = torch.optim.AdamW(head, lr=1e-3, weight_decay=0.0)
+    points = {}
+    for pair in find_pairs(twin):
+        assert torch.allclose(pair.A @ pair.A.mT, torch.eye(3, dtype=torch.float64), atol=1e-6)
+        U, values, Vt = torch.linalg.svd(pair.scale * pair.B.detach(), full_matrices=False)
+        R = (values.unsqueeze(-1) * Vt).requires_grad_()
+        points[pair.name] = (U, R, torch.optim.Adam([R], lr=1e-2))
+    for _ in range(6):
+        backward(twin)
+        rest.step()
+        for pair in find_pairs(twin):
+            U, R, adam = points[pair.name]
+            R.grad = U.mT @ pair.B.grad / pair.scale
+            adam.step()
+            with torch.no_grad():
+                pair.B.copy_(U @ R / pair.scale)
+    for name, p in model.named_parameters():
+        assert difference(p.detach(), twin.get_parameter(name).detach()) < 1e-9, name
+
+
+def test_lora_sb_refuses_another_start() -> None:
+    model = lora_net(r=3)
+    geolora.initialize_lora_one(model, [batch()], one_loss)
+    backward(model)
+    with pytest.raises(SetupError, match="rows of A of `first` must be orthonormal"):
+        geolora.LoRASB(model).step()
+
+
+def test_rac_lora_trains_block_after_block() -> None:
+    model = lora_net(r=5)
+    twin = copy.deepcopy(model)
+    optimizer = geolora.RACLoRA(model, steps_per_block=3, blocks=2, lr=1e-2)
+    train(model, optimizer, 8)
+    rest = torch.optim.AdamW(
+        [p for name, p in twin.named_parameters() if p.requires_grad and "lora_" not in name],
+        lr=1e-3,
+        weight_decay=0.0,
+    )
+    adam: Any = None
+    for t in range(8):
+        if t in (0, 3):
+            slots = slice(0, 2) if t == 0 else slice(2, 5)
+            parts = [p.B.detach()[:, slots].clone().requires_grad_() for p in find_pairs(twin)]
+            adam = torch.optim.AdamW(parts, lr=1e-2, weight_decay=0.0)
+        backward(twin)
+        rest.step()
+        for part, pair in zip(parts, find_pairs(twin), strict=True):
+            part.grad = pair.B.grad[:, slots].clone()
+        adam.step()
+        with torch.no_grad():
+            for part, pair in zip(parts, find_pairs(twin), strict=True):
+                pair.B[:, slots] = part
+    for name, p in model.named_parameters():
+        assert difference(p.detach(), twin.get_parameter(name).detach()) < 1e-9, name
+    assert optimizer.param_groups[0]["steps"] == 8
 
 
 def test_bf16_factors_have_float32_moments() -> None:
@@ -287,6 +364,17 @@ def test_bf16_factors_have_float32_moments() -> None:
     optimizer.load_state_dict(state)
     kinds = {v.dtype for s in optimizer.state.values() for v in s.values()}
     assert kinds == {torch.float32}
+
+
+def test_bad_settings_of_the_others() -> None:
+    with pytest.raises(SettingError, match="`moments` must be one of"):
+        geolora.LoRAPro(lora_net(r=3), moments="half")
+    with pytest.raises(
+        SettingError, match="RACLoRA: `blocks` must be from 1 to the rank, 3; got 4"
+    ):
+        geolora.RACLoRA(lora_net(r=3), 5, blocks=4)
+    with pytest.raises(SettingError, match="`steps_per_block` must be 1 or more"):
+        geolora.RACLoRA(lora_net(r=3), 0)
 
 
 def test_closures_and_embeddings() -> None:

@@ -8,9 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from geolora.adapter import export, prune, ranks, suggest_budget
-    from geolora.initialize import get_lora_one_state, initialize_lora_one
+    from geolora.initialize import (
+        get_lora_one_state,
+        initialize_lora_ga,
+        initialize_lora_one,
+        initialize_lora_sb,
+        keep_second_half,
+    )
     from geolora.optim import GeoLoRA
-    from geolora.pairwise import LoRAPro, RiemannianAdamW
+    from geolora.pairwise import LoRAPro, LoRASB, RACLoRA, RiemannianAdamW
     from geolora.saved import inspect, verify
     from geolora.trainer import for_trainer
 
@@ -19,12 +25,17 @@ __version__ = "0.1.0"
 __all__ = [
     "GeoLoRA",
     "LoRAPro",
+    "LoRASB",
+    "RACLoRA",
     "RiemannianAdamW",
     "export",
     "for_trainer",
     "get_lora_one_state",
+    "initialize_lora_ga",
     "initialize_lora_one",
+    "initialize_lora_sb",
     "inspect",
+    "keep_second_half",
     "prune",
     "ranks",
     "suggest_budget",
@@ -34,11 +45,16 @@ __all__ = [
 _HOME = {
     "GeoLoRA": "geolora.optim",
     "LoRAPro": "geolora.pairwise",
+    "LoRASB": "geolora.pairwise",
+    "RACLoRA": "geolora.pairwise",
     "RiemannianAdamW": "geolora.pairwise",
     "export": "geolora.adapter",
     "for_trainer": "geolora.trainer",
     "get_lora_one_state": "geolora.initialize",
+    "initialize_lora_ga": "geolora.initialize",
     "initialize_lora_one": "geolora.initialize",
+    "initialize_lora_sb": "geolora.initialize",
+    "keep_second_half": "geolora.initialize",
     "inspect": "geolora.saved",
     "prune": "geolora.adapter",
     "ranks": "geolora.adapter",

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from geolora.factors import to_pair
 from geolora.folders import read_tensors
 from geolora.kernels.sketch import Triplets, missing, random_basis, seen_from_left, seen_from_right
 from geolora.kernels.truncate import settled_ranks
-from geolora.methods import lora_one
+from geolora.methods import lora_ga, lora_one, lora_sb
 from geolora.pairs import (
     Pair,
     adapter_of,
@@ -106,27 +106,14 @@ def initialize_lora_one(
     """
     if not (norm > 0 and math.isfinite(norm)):
         raise SettingError(f"initialize_lora_one: `norm` must be above 0; got {norm}.")
-    if batches is None and (state is None or check_descent):
-        raise SettingError("initialize_lora_one: `batches` must be given, or a `state`.")
+    if batches is None and check_descent:
+        raise SettingError("initialize_lora_one: `batches` must be given with `check_descent`.")
     pairs = _fresh_pairs(model, adapter_of(model, adapter_name))
     check_budget(pairs, budget)
     if batches is not None and not fresh_batches:
         batches = list(batches)
-    if state is None:
-        state = get_lora_one_state(
-            model,
-            batches or [],
-            loss_fn,
-            adapter_name,
-            width=width,
-            passes=passes,
-            tolerance=tolerance,
-            fresh_batches=fresh_batches,
-        )
-    found, unseen = _of_state(
-        read_tensors(Path(state)) if isinstance(state, str | Path) else state, pairs
-    )
-
+    looking = _Looking(width, passes, tolerance, fresh_batches)
+    found, unseen = _find(model, pairs, batches, loss_fn, adapter_name, state, looking)
     ranks = _ranks(pairs, found, budget)
 
     def loss() -> float:
@@ -143,6 +130,122 @@ def initialize_lora_one(
         after = loss()
     untouched = [pair.name for pair in pairs if not found[pair.name].sigma.any()]
     return GradientStart(norm, unseen, untouched, before, after)
+
+
+def initialize_lora_ga(
+    model: nn.Module,
+    batches: Iterable[Any] | None = None,
+    loss_fn: Loss | None = None,
+    adapter_name: str | None = None,
+    *,
+    gamma: float = 16.0,
+    state: dict[str, Tensor] | str | Path | None = None,
+    width: int | None = None,
+    passes: int = PASSES,
+    tolerance: float = TOLERANCE,
+    fresh_batches: bool = False,
+) -> GradientStart:
+    """LoRA-GA (arXiv 2407.05000) as its authors define it, without touching the base weights.
+
+    Half of the slots of every pair are trained; the other half holds what takes their start away, so that the
+    function is unchanged, and is kept as it is: their gradients are made zero. The adapter is saved
+    and loaded like any other. For optimizers that leave alone what has no gradient, slot by slot: AdamW or
+    SGD without weight decay; not `GeoLoRA`, `RiemannianAdamW` or `LoRAPro`. Where a run is resumed from a
+    checkpoint, call `keep_second_half(model)` instead.
+
+    Args:
+        model: a PeftModel with LoRA pairs of even rank 2h, to train with rank h, whose B is zero.
+        gamma: the factors are d_out^(1/4) / sqrt(gamma) long; above 0.
+        batches, loss_fn, adapter_name, state: as in `initialize_lora_one`; the states are the same.
+        width, passes, tolerance, fresh_batches: as in `get_lora_one_state`.
+
+    Raises:
+        As `initialize_lora_one`; SettingError also for a rank that is odd.
+    """
+    if not (gamma > 0 and math.isfinite(gamma)):
+        raise SettingError(f"initialize_lora_ga: `gamma` must be above 0; got {gamma}.")
+    pairs = _fresh_pairs(model, adapter_of(model, adapter_name))
+    for pair in pairs:
+        if pair.r % 2:
+            raise SettingError(
+                f"initialize_lora_ga: the rank must be even, twice what is trained; got {pair.r} in "
+                f"`{pair.name}`."
+            )
+    looking = _Looking(width, passes, tolerance, fresh_batches)
+    found, unseen = _find(model, pairs, batches, loss_fn, adapter_name, state, looking)
+    untouched = [pair.name for pair in pairs if not found[pair.name].sigma.any()]
+    with torch.no_grad():
+        for pair in pairs:
+            if pair.name not in untouched:
+                A, B = lora_ga.start(found[pair.name].U, found[pair.name].V, gamma)
+                pair.A.copy_(A.reshape(pair.A.shape))
+                pair.B.copy_(B.reshape(pair.B.shape))
+    keep_second_half(model, adapter_name)
+    return GradientStart(0.0, unseen, untouched)
+
+
+def initialize_lora_sb(
+    model: nn.Module,
+    batches: Iterable[Any] | None = None,
+    loss_fn: Loss | None = None,
+    adapter_name: str | None = None,
+    *,
+    norm: float = NORM,
+    state: dict[str, Tensor] | str | Path | None = None,
+    width: int | None = None,
+    passes: int = PASSES,
+    tolerance: float = TOLERANCE,
+    fresh_batches: bool = False,
+) -> GradientStart:
+    """LoRA-SB's start (arXiv 2411.19557): bases from the gradient, for `LoRASB` to train what lies between.
+
+    The same W as after `initialize_lora_one`, in a pair whose A has orthonormal rows. Layers that the loss
+    does not depend on get no bases, and `LoRASB` leaves them alone.
+
+    Args:
+        model, batches, loss_fn, adapter_name, norm, state: as in `initialize_lora_one`.
+        width, passes, tolerance, fresh_batches: as in `get_lora_one_state`.
+
+    Raises:
+        As `initialize_lora_one`.
+    """
+    if not (norm > 0 and math.isfinite(norm)):
+        raise SettingError(f"initialize_lora_sb: `norm` must be above 0; got {norm}.")
+    pairs = _fresh_pairs(model, adapter_of(model, adapter_name))
+    looking = _Looking(width, passes, tolerance, fresh_batches)
+    found, unseen = _find(model, pairs, batches, loss_fn, adapter_name, state, looking)
+    untouched = [pair.name for pair in pairs if not found[pair.name].sigma.any()]
+    with torch.no_grad():
+        for pair in pairs:
+            if pair.name not in untouched:
+                point = lora_one.start(*found[pair.name], norm)
+                A, B = lora_sb.start(*point, pair.scale)
+                pair.A.copy_(A.reshape(pair.A.shape))
+                pair.B.copy_(B.reshape(pair.B.shape))
+    return GradientStart(norm, unseen, untouched)
+
+
+def keep_second_half(model: nn.Module, adapter_name: str | None = None) -> None:
+    """Make the gradients of the second half of every pair's slots zero, from now on.
+
+    Args:
+        model: a PeftModel after `initialize_lora_ga`, or one that a checkpoint of it was loaded into.
+        adapter_name: which adapter; None for the active one.
+
+    Raises:
+        As `initialize_lora_ga`.
+    """
+    for pair in find_pairs(model, adapter_name):
+        kept = torch.arange(pair.r) < pair.r // 2
+
+        def on_A(grad: Tensor, kept: Tensor = kept) -> Tensor:
+            return grad * kept.to(grad).view(-1, *[1] * (grad.dim() - 1))
+
+        def on_B(grad: Tensor, kept: Tensor = kept) -> Tensor:
+            return grad * kept.to(grad).view(1, -1, *[1] * (grad.dim() - 2))
+
+        pair.A.register_hook(on_A)
+        pair.B.register_hook(on_B)
 
 
 def get_lora_one_state(
@@ -216,6 +319,32 @@ def mean_loss(model: nn.Module, batches: Iterable[Any], loss_fn: Loss | None = N
     with _undisturbed(model), torch.no_grad():
         losses = [float(loss) for loss in _losses(model, batches, loss_fn)]
     return _over_processes(torch.tensor(losses).sum(), len(losses)).item()
+
+
+class _Looking(NamedTuple):
+    """How the gradient is looked at: see `get_lora_one_state`."""
+
+    width: int | None
+    passes: int
+    tolerance: float
+    fresh_batches: bool
+
+
+def _find(
+    model: nn.Module,
+    pairs: list[Pair],
+    batches: Iterable[Any] | None,
+    loss_fn: Loss | None,
+    adapter_name: str | None,
+    state: dict[str, Tensor] | str | Path | None,
+    looking: _Looking,
+) -> tuple[dict[str, Triplets], dict[str, float]]:
+    """{layer: triplets} and {layer: estimate of what is missing}, from a state or by passes."""
+    if state is None:
+        if batches is None:
+            raise SettingError("`batches` must be given, or a `state`.")
+        state = get_lora_one_state(model, batches, loss_fn, adapter_name, **looking._asdict())
+    return _of_state(state, pairs)
 
 
 # ---- one pass ----------------------------------------------------------------------------------
@@ -375,9 +504,11 @@ def _fresh_pairs(model: nn.Module, adapter: str) -> list[Pair]:
 
 
 def _of_state(
-    state: dict[str, Tensor], pairs: list[Pair]
+    state: dict[str, Tensor] | str | Path, pairs: list[Pair]
 ) -> tuple[dict[str, Triplets], dict[str, float]]:
     """{layer: triplets} and {layer: estimate}; raises `StateError` where layers or shapes differ."""
+    if not isinstance(state, dict):
+        state = read_tensors(Path(state))
     found, unseen = {}, {}
     for pair in pairs:
         parts = [state.get(f"{pair.name}.{key}") for key in (*Triplets._fields, "missing")]

@@ -1,4 +1,4 @@
-"""Optimizers that train LoRA's factors as they are: `RiemannianAdamW` and `LoRAPro`.
+"""Optimizers that train LoRA's factors as they are: `RiemannianAdamW`, `LoRAPro`, `LoRASB`, `RACLoRA`.
 
 All else that is trainable goes to AdamW. Pairs are found by position in the param groups, [A1, B1, A2, B2, …],
 one group per shape, so what swaps the Parameter objects of a group (FSDP2) is followed.
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from geolora.buckets import by_shape, load_keeping_dtypes, pairs_of, scales_of
 from geolora.errors import SettingError, SetupError, UnpairedParametersWarning, at_most_three
 from geolora.finite import to_be_skipped, total
-from geolora.methods import lora_pro
+from geolora.methods import lora_pro, lora_sb, rac_lora
 from geolora.methods.riemannian import precondition
 from geolora.pairs import Pair, find_pairs, refuse_frozen, unpaired_lora_layers
 from geolora.rest import SETTINGS, adamw_step
@@ -303,6 +303,146 @@ class LoRAPro(_Pairwise):
         root = (state["exp_avg_sq"] / (1 - second ** group["steps"])).sqrt_().add_(group["eps"])
         N = state["exp_avg"] / (1 - first ** group["steps"]) / root
         return lora_pro.parts_of(N, A, B), None
+
+
+class LoRASB(_Pairwise):
+    """LoRA-SB: Adam on the r x r cores R of W = U R V^T; the bases stay those of the start.
+
+    A = V^T is never written, B is kept at U R / s. Call `initialize_lora_sb` first.
+
+    Args:
+        model: a PeftModel after `initialize_lora_sb`.
+        lr: Adam's step size for the entries of R, in units of W.
+        rest_lr: AdamW's step size for everything else that is trainable.
+        betas, eps: Adam's.
+        adapter_name: which adapter of the model; None for the active one.
+
+    Raises:
+        As `RiemannianAdamW`; SetupError also in the first step where the rows of A are not orthonormal.
+
+    Source: arXiv 2411.19557.
+
+    Example:
+        >>> geolora.initialize_lora_sb(model, batches)      # doctest: +SKIP
+        >>> optimizer = LoRASB(model)                       # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 1e-3,
+        *,
+        rest_lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        adapter_name: str | None = None,
+    ) -> None:
+        own = {"lr": lr, "betas": betas, "eps": eps, "steps": 0}
+        super().__init__(model, find_pairs(model, adapter_name), own, rest_lr, adapter_name)
+
+    def _advance(self, group: dict[str, Any]) -> None:
+        pairs = list(pairs_of(group["params"]))
+        state = self.state[group["params"][0]]
+        scale = scales_of(group, _stacked(pairs)[0])
+        s = scale.view(-1, 1, 1)
+        if not state:
+            A, B = _stacked(pairs)
+            self._refuse_other_starts(group, A, B)
+            U, values, Vt = torch.linalg.svd(s * B, full_matrices=False)
+            R = values.unsqueeze(-1) * Vt
+            state.update(U=U, R=R, exp_avg=torch.zeros_like(R), exp_avg_sq=torch.zeros_like(R))
+        grad = lora_sb.core_gradient(state["U"], _stacked(pairs, grads=True)[1], scale)
+        group["steps"] += 1
+        first, second = group["betas"]
+        state["exp_avg"].lerp_(grad, 1 - first)
+        state["exp_avg_sq"].mul_(second).addcmul_(grad, grad, value=1 - second)
+        root = (state["exp_avg_sq"] / (1 - second ** group["steps"])).sqrt_().add_(group["eps"])
+        state["R"] -= group["lr"] / (1 - first ** group["steps"]) * state["exp_avg"] / root
+        B = state["U"] @ state["R"] / s
+        for i, (_, b) in enumerate(pairs):
+            if b.grad is not None and b.any():
+                b.copy_(B[i].reshape(b.shape))
+
+    @staticmethod
+    def _refuse_other_starts(group: dict[str, Any], A: Tensor, B: Tensor) -> None:
+        for name, rows, columns in zip(group["layers"], A, B, strict=True):
+            gram = rows @ rows.mT - torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
+            if columns.any() and gram.abs().max() > 0.05:  # bf16 rows are within 0.01
+                raise SetupError(
+                    f"LoRASB: the rows of A of `{name}` must be orthonormal; they are not. Call "
+                    "geolora.initialize_lora_sb(model, batches) first."
+                )
+
+
+class RACLoRA(_Pairwise):
+    """RAC-LoRA: train the columns of B block after block, against random rows of A that stay as they are.
+
+    Over the usual start (B = 0, A random). Block t trains its slots from zero, with AdamW started anew; those
+    of earlier blocks are frozen, and their sum is an ordinary adapter: `geolora.export(rank=)` cuts it.
+
+    Args:
+        model: a PeftModel, or any module with LoRA layers (see `pairs.py`); r slots are split over the blocks.
+        steps_per_block: optimizer steps a block is trained for; the last goes on for ever. 1 or more.
+        blocks: length of the chain, 1 to r.
+        lr: AdamW's step size for the columns of B.
+        rest_lr: that for everything else that is trainable.
+        betas, eps: AdamW's.
+        adapter_name: which adapter of the model; None for the active one.
+
+    Raises:
+        As `RiemannianAdamW`.
+
+    Source: arXiv 2410.08305.
+
+    Example:
+        >>> optimizer = RACLoRA(model, steps_per_block=500) # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        steps_per_block: int,
+        blocks: int = 4,
+        lr: float = 1e-3,
+        *,
+        rest_lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        adapter_name: str | None = None,
+    ) -> None:
+        pairs = find_pairs(model, adapter_name)
+        most = min(pair.r for pair in pairs)
+        self._demand("steps_per_block", steps_per_block, steps_per_block >= 1, "1 or more")
+        self._demand("blocks", blocks, 1 <= blocks <= most, f"from 1 to the rank, {most}")
+        own = {
+            **SETTINGS,
+            "kind": "pairs",
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "steps": 0,
+            "steps_per_block": steps_per_block,
+            "blocks": blocks,
+        }
+        super().__init__(model, pairs, own, rest_lr, adapter_name)
+
+    def _advance(self, group: dict[str, Any]) -> None:
+        count, blocks = group["steps_per_block"], group["blocks"]
+        block = rac_lora.block_of(group["steps"], count, blocks)
+        if group["steps"] and block != rac_lora.block_of(group["steps"] - 1, count, blocks):
+            for p in group["params"]:
+                self.state.pop(p, None)
+        group["steps"] += 1
+        grads = []
+        for A, B in pairs_of(group["params"]):
+            first, last = rac_lora.slots_of(block, blocks, A.shape[0])
+            if A.grad is not None:
+                grads.append(torch.zeros_like(A.grad))
+            if B.grad is not None:
+                now = torch.zeros_like(B.grad)
+                now[:, first:last] = B.grad[:, first:last]
+                grads.append(now)
+        adamw_step(group, self.state, grads)
 
 
 def _stacked(pairs: list[tuple[Tensor, Tensor]], grads: bool = False) -> tuple[Tensor, Tensor]:

@@ -15,31 +15,47 @@ from torch import nn
 
 from geolora.errors import PairingError, SettingError
 from geolora.optim import GeoLoRA
-from geolora.pairwise import LoRAPro, RiemannianAdamW
+from geolora.pairwise import LoRAPro, LoRASB, RACLoRA, RiemannianAdamW
 
 
-class GeoLoRAFactory:
-    """Builds `GeoLoRA` from a model; what Trainer calls as `factory()(model, **kwargs)`."""
+class _Factory:
+    """Builds an optimizer from a model; what Trainer calls as `factory()(model, **kwargs)`."""
 
-    def __call__(self, model: nn.Module, *_args: Any, **kwargs: Any) -> GeoLoRA:
-        """The optimizer of a model; kwargs are `GeoLoRA`'s."""
-        return GeoLoRA(model, **kwargs)
+    optimizer: Any
 
-
-class RiemannianFactory:
-    """Builds `RiemannianAdamW` from a model."""
-
-    def __call__(self, model: nn.Module, *_args: Any, **kwargs: Any) -> RiemannianAdamW:
-        """The optimizer of a model; kwargs are `RiemannianAdamW`'s."""
-        return RiemannianAdamW(model, **kwargs)
+    def __call__(self, model: nn.Module, *_args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The optimizer of a model; kwargs are its own."""
+        return self.optimizer(model, **kwargs)
 
 
-class LoRAProFactory:
-    """Builds `LoRAPro` from a model."""
+class GeoLoRAFactory(_Factory):
+    """Builds `GeoLoRA`."""
 
-    def __call__(self, model: nn.Module, *_args: Any, **kwargs: Any) -> LoRAPro:
-        """The optimizer of a model; kwargs are `LoRAPro`'s."""
-        return LoRAPro(model, **kwargs)
+    optimizer = GeoLoRA
+
+
+class RiemannianFactory(_Factory):
+    """Builds `RiemannianAdamW`."""
+
+    optimizer = RiemannianAdamW
+
+
+class LoRAProFactory(_Factory):
+    """Builds `LoRAPro`."""
+
+    optimizer = LoRAPro
+
+
+class LoRASBFactory(_Factory):
+    """Builds `LoRASB`."""
+
+    optimizer = LoRASB
+
+
+class RACLoRAFactory(_Factory):
+    """Builds `RACLoRA`."""
+
+    optimizer = RACLoRA
 
 
 class LoRAFactory:
@@ -74,6 +90,8 @@ FACTORIES: dict[str, tuple[type, Any]] = {
     "geolora": (GeoLoRAFactory, GeoLoRA),
     "lora": (LoRAFactory, LoRAFactory.__call__),
     "lora-pro": (LoRAProFactory, LoRAPro),
+    "lora-sb": (LoRASBFactory, LoRASB),
+    "rac-lora": (RACLoRAFactory, RACLoRA),
     "riemannian": (RiemannianFactory, RiemannianAdamW),
 }
 """Method: what builds its optimizer, and whose arguments it takes."""
@@ -83,7 +101,7 @@ def for_trainer(method: str, **settings: Any) -> tuple[type, dict[str, Any]]:
     """What `Trainer(optimizer_cls_and_kwargs=...)` takes.
 
     Args:
-        method: "geolora", "lora-pro", "riemannian" (`RiemannianAdamW`) or "lora" (AdamW on the pairs).
+        method: "lora" (AdamW on the pairs), "geolora", "lora-pro", "lora-sb", "rac-lora" or "riemannian".
         settings: keyword arguments of the optimizer, for "lora" lr and rest_lr; checked here,
             values when the optimizer is built.
 

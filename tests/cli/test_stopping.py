@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from geolora import LoRAPro, RiemannianAdamW, optim
+from geolora import LoRAPro, LoRASB, RACLoRA, RiemannianAdamW, optim
 from geolora.cli.__main__ import main
 from geolora.tasks import text_classification as task
 from models import reviews, tiny_bert
@@ -145,7 +145,10 @@ WITHOUT = ("--save-every", STEPS)  # nothing is saved before the end, unless the
         (("--method", "eva"), torch.optim.AdamW),
         (("--method", "lora-then-truncate", "--budget", 2000), torch.optim.AdamW),
         (("--method", "lora", "--init", "lora-one"), torch.optim.AdamW),
+        (("--method", "lora", "--init", "lora-ga"), torch.optim.AdamW),
         (("--method", "lora-pro"), LoRAPro),
+        (("--method", "lora-sb"), LoRASB),
+        (("--method", "rac-lora"), RACLoRA),
         (("--method", "riemannian", "--init", "lora-one"), RiemannianAdamW),
     ],
 )

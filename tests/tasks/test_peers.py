@@ -19,7 +19,14 @@ from models import lora_net, reviews, tiny_bert
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 RANK = 6
-LRS = {"geolora": 3e-2, "lora-pro": 1e-2, "adalora": 5e-2, "rslora": 1e-2}
+LRS = {
+    "geolora": 3e-2,
+    "lora-pro": 1e-2,
+    "lora-sb": 1e-1,
+    "rac-lora": 0.15,
+    "adalora": 5e-2,
+    "rslora": 1e-2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +95,7 @@ def test_a_start_from_the_gradient(model: Path, data: task.TextData, method: str
 def test_the_parameters_are_counted(outcomes: dict[str, task.Outcome]) -> None:
     reports = {method: outcome.report for method, outcome in outcomes.items()}
     full = reports["lora"]["adapter_parameters"]
-    for method in ("lora", "rslora", "riemannian", "lora-pro"):
+    for method in ("lora", "rslora", "riemannian", "lora-pro", "lora-sb", "rac-lora"):
         assert reports[method]["adapter_parameters"] == full
         assert reports[method]["exported_parameters"] == full
         assert set(reports[method]["ranks"].values()) == {RANK}
@@ -166,6 +173,8 @@ def test_a_peer_that_diverges_is_an_error(model: Path, data: task.TextData, meth
         ({"method": "dora", "start_rank": 2}, "`--start-rank` belongs to --method geolora"),
         ({"method": "pissa", "init": "gaussian"}, "`--init` must be default with pissa"),
         ({"method": "dora", "init": "lora-one"}, "`--init lora-one` needs plain LoRA pairs"),
+        ({"method": "geolora", "init": "lora-ga"}, "`--init lora-ga` belongs to lora and rslora"),
+        ({"method": "lora", "init": "lora-ga", "rank": 5}, "`--rank` must be even"),
         ({"init": "lora-one", "start_rank": 2}, "`--start-rank` belongs to --init default"),
         ({"method": "adalora", "save_every": 5}, "`--save-every` cannot be used with adalora"),
     ],

@@ -13,7 +13,7 @@ from geolora.tasks.output import check_output
 from geolora.tasks.peers import METHODS, check_method
 
 TASKS = tuple(METRICS_OF)
-INITS = ("default", "gaussian", "lora-one")
+INITS = ("default", "gaussian", "lora-one", "lora-ga")
 
 
 def _flag(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -38,7 +38,11 @@ class TrainConfig:
         None, "score of the evaluation rows; accuracy or pearson if not given", tuple(METRICS)
     )
     method: str = _flag("geolora", "how the adapter is trained", METHODS)
-    init: str = _flag("default", "start of the pairs: B = 0, or lora-one from the gradient", INITS)
+    init: str = _flag(
+        "default",
+        "start of the pairs: B = 0, or from the gradient; lora-ga trains half of --rank",
+        INITS,
+    )
     rank: int = _flag(16, "physical width r of every pair: the most a layer can use")
     start_rank: int | None = _flag(None, "rank to start with (geolora); all of --rank if not given")
     lr: float | None = _flag(None, "step size; a default per method if not given")

@@ -1,6 +1,6 @@
 """The methods of `geolora train`: GeoLoRA, its relatives, and what PEFT has to compare them with.
 
-Everything but geolora, riemannian and lora-pro is PEFT's own code, called and not rewritten:
+The optimizers of geolora, riemannian, lora-pro, lora-sb and rac-lora are ours, all else is PEFT's own code:
 
 | method             | what is done                                                        | paper            |
 |--------------------|---------------------------------------------------------------------|------------------|
@@ -12,6 +12,8 @@ Everything but geolora, riemannian and lora-pro is PEFT's own code, called and n
 | adalora            | three factors, importance-driven ranks; from --rank to 2/3 of it    | arXiv 2303.10512 |
 | riemannian         | LoRA, gradients preconditioned by (B^T B)^-1 and (A A^T)^-1, AdamW  | arXiv 2402.02347 |
 | lora-pro           | LoRA, the factors move so that W does what Adam does to P(W)G       | arXiv 2407.18242 |
+| lora-sb            | bases fixed by the gradient's, the r x r core between them is trained | arXiv 2411.19557 |
+| rac-lora           | A random and frozen, columns of B trained in four blocks, one by one | arXiv 2410.08305 |
 | lora-then-truncate | LoRA, then `convert_to_lora` down to --budget parameters            |                  |
 """
 
@@ -28,7 +30,12 @@ from torch import nn
 from geolora.adapter import export
 from geolora.errors import SettingError
 from geolora.factors import read_pair
-from geolora.initialize import initialize_lora_one
+from geolora.initialize import (
+    initialize_lora_ga,
+    initialize_lora_one,
+    initialize_lora_sb,
+    keep_second_half,
+)
 from geolora.pairs import find_pairs
 from geolora.trainer import for_trainer
 
@@ -37,16 +44,23 @@ if TYPE_CHECKING:
 
 METHODS = (
     "geolora", "lora", "rslora", "dora", "pissa", "eva", "adalora", "riemannian",
-    "lora-pro", "lora-then-truncate",
+    "lora-pro", "lora-sb", "rac-lora", "lora-then-truncate",
 )  # fmt: skip
 TAKES_BUDGET = ("geolora", "lora-then-truncate")
-OWN_START = ("pissa", "eva", "adalora")
+OWN_START = ("pissa", "eva", "adalora", "lora-sb")
 CAN_RESUME = tuple(method for method in METHODS if method != "adalora")
 NO_GRADIENT_START = (*OWN_START, "dora")
 START_ROWS = 64
 """Training rows of which the gradient of a start is taken, rounded up to whole batches."""
+STARTS = {
+    "lora-one": initialize_lora_one,
+    "lora-ga": initialize_lora_ga,
+    "lora-sb": initialize_lora_sb,
+}
 EVA_BATCHES = 64
 """Batches EVA's start may look at; it stops by itself when its directions are stable."""
+RAC_BLOCKS = 4
+"""Adapters in RAC-LoRA's chain."""
 JUDGE = 0.1
 """Share of the steps after which GeoLoRA's ranks are judged, once, and then kept."""
 ADALORA_WARMUP, ADALORA_FINAL = 0.1, 0.4
@@ -93,6 +107,10 @@ def check_method(config: "TrainConfig") -> None:
         raise SettingError(
             "`--start-rank` belongs to --init default: lora-one fills all of --rank."
         )
+    if config.init == "lora-ga" and method not in ("lora", "rslora"):
+        raise SettingError(f"`--init lora-ga` belongs to lora and rslora; got {method}.")
+    if config.init == "lora-ga" and config.rank % 2:
+        raise SettingError(f"`--rank` must be even with --init lora-ga; got {config.rank}.")
     if config.rank < 2 and method == "adalora":
         raise SettingError("`--rank` must be 2 or more with adalora, which cuts it to two thirds.")
     if config.save_every is not None and method not in CAN_RESUME:
@@ -167,7 +185,10 @@ def optimizer_of(config: "TrainConfig", total: int) -> tuple[type, dict[str, Any
             "settle_after": int(JUDGE * total),
         }
         return for_trainer("geolora", **settings)
-    own = config.method in ("riemannian", "lora-pro")
+    if config.method == "rac-lora":
+        blocks = min(RAC_BLOCKS, config.rank)
+        settings |= {"blocks": blocks, "steps_per_block": -(-total // blocks)}
+    own = config.method in ("riemannian", "lora-pro", "lora-sb", "rac-lora")
     return for_trainer(config.method if own else "lora", **settings)
 
 
@@ -186,10 +207,13 @@ def callbacks_of(model: Any, config: "TrainConfig") -> list[Any]:
     return [Allocate()]
 
 
-def start(model: Any, config: "TrainConfig", batches: Batches) -> None:
-    """The start that looks at the gradient, before the first step: LoRA-One's, of `START_ROWS` rows."""
-    if config.init == "lora-one":
-        initialize_lora_one(model, batches(config.batch_size, -(-START_ROWS // config.batch_size)))
+def start(model: Any, config: "TrainConfig", batches: Batches, resumed: bool) -> None:
+    """The start that looks at the gradient of `START_ROWS` rows, before the first step of a run."""
+    if config.init == "lora-ga" and resumed:
+        keep_second_half(model)
+    name = "lora-sb" if config.method == "lora-sb" else config.init
+    if name in STARTS and not resumed:
+        STARTS[name](model, batches(config.batch_size, -(-START_ROWS // config.batch_size)))
 
 
 def keep_start(model: Any, config: "TrainConfig", folder: Path) -> None:

@@ -186,8 +186,7 @@ def train(config: TrainConfig, data: TextData, choice: Rows | None = None) -> Ou
             callbacks=[progress_callback(), clock, *callbacks_of(model, config), checkpoints],
         )
         _only_our_bar(trainer)
-        if resume is None:
-            start(model, config, batches)
+        start(model, config, batches, resumed=resume is not None)
         try:
             trainer.train(resume_from_checkpoint=resume and str(resume))
         except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
