@@ -27,7 +27,7 @@ from record import write
 from torch import Tensor, nn
 
 import geolora
-from geolora import initialize
+from geolora import gradient_pass
 from geolora.cli.demo import model_folder
 from geolora.pairs import find_pairs
 
@@ -153,14 +153,14 @@ def memory(model: Any, batch: dict[str, Tensor]) -> dict[str, float]:
 
 def times(model: Any, batch: dict[str, Tensor]) -> dict[str, float]:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
-    take, spent = initialize._Seat.take, [0.0]
+    take, spent = gradient_pass.Seat.take, [0.0]
 
     def timed(self: Any, product: Tensor, from_right: bool) -> None:
         begun = time.perf_counter()
         take(self, product, from_right)
         spent[0] += time.perf_counter() - begun
 
-    initialize._Seat.take = timed
+    gradient_pass.Seat.take = timed
     quotients, parts = [], []
     for number in range(ROUNDS + 1):
         begun = time.perf_counter()
@@ -173,7 +173,7 @@ def times(model: Any, batch: dict[str, Tensor]) -> dict[str, float]:
         if number:  # the first is warm-up
             quotients.append(passes / 4 / step)
             parts.append(spent[0] / passes)
-    initialize._Seat.take = take
+    gradient_pass.Seat.take = take
     return {
         "pass_over_training_step": statistics.median(quotients),
         "decomposition_over_passes": statistics.median(parts),

@@ -504,6 +504,18 @@ def test_trained_inactive_and_merged_adapters_are_refused() -> None:
         geolora.initialize_lora_one(model, batches(), loss_of)
 
 
+def test_a_wrapped_model_is_refused(tmp_path: Path) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1
+    )
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(lora_net(r=3))
+        with pytest.raises(SetupError, match="Call it before wrapping"):
+            geolora.initialize_lora_one(wrapped, batches(), loss_of)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_a_state_of_another_rank_is_refused() -> None:
     state = geolora.get_lora_one_state(lora_net(r=3), batches(), loss_of)
     with pytest.raises(StateError, match="of this model and rank"):

@@ -3,17 +3,11 @@
     model = get_peft_model(base, LoraConfig(...))
     geolora.initialize_lora_one(model, batches)
 
-With B = 0 and A = V^T a LoRA layer computes what its base does, and one backward pass leaves
-grad_B = s G V; with A = 0 and B = U it leaves grad_A = s U^T G (G = dL/dW, s LoRA's scale). Passes over the same
-batches that take turns are subspace iteration on G (`kernels/sketch.py`) in the memory of an adapter: no base
-weight needs a gradient, so the base may be quantised, and checkpointing, accumulation and autocast work as in
-training. Meanwhile the pair is replaced by a wider one; it is put back whatever happens.
+How it is seen: `gradient_pass.py`. What is then written into the pairs: one file of `methods/` for each start.
 """
 
 import math
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,10 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from geolora.errors import DataError, GradientError, SettingError, SetupError, StateError
+from geolora.errors import GradientError, SettingError, SetupError, StateError
 from geolora.factors import to_pair
 from geolora.folders import read_tensors
-from geolora.kernels.sketch import Triplets, missing, random_basis, seen_from_left, seen_from_right
+from geolora.gradient_pass import Loss, look_at, mean_loss
+from geolora.kernels.sketch import Triplets, missing
 from geolora.kernels.truncate import settled_ranks
 from geolora.methods import lora_ga, lora_one, lora_sb
 from geolora.pairs import (
@@ -36,7 +31,6 @@ from geolora.pairs import (
     refuse_unused,
 )
 
-Loss = Callable[[nn.Module, Any], Tensor]
 NORM = 0.05
 PASSES, TOLERANCE = 6, 0.1
 HALVINGS = 8
@@ -128,7 +122,7 @@ def initialize_lora_one(
         norm /= 2
         _write(pairs, found, norm, ranks)
         after = loss()
-    untouched = [pair.name for pair in pairs if not found[pair.name].sigma.any()]
+    untouched = _untouched(pairs, found)
     return GradientStart(norm, unseen, untouched, before, after)
 
 
@@ -173,7 +167,7 @@ def initialize_lora_ga(
             )
     looking = _Looking(width, passes, tolerance, fresh_batches)
     found, unseen = _find(model, pairs, batches, loss_fn, adapter_name, state, looking)
-    untouched = [pair.name for pair in pairs if not found[pair.name].sigma.any()]
+    untouched = _untouched(pairs, found)
     with torch.no_grad():
         for pair in pairs:
             if pair.name not in untouched:
@@ -214,7 +208,7 @@ def initialize_lora_sb(
     pairs = _fresh_pairs(model, adapter_of(model, adapter_name))
     looking = _Looking(width, passes, tolerance, fresh_batches)
     found, unseen = _find(model, pairs, batches, loss_fn, adapter_name, state, looking)
-    untouched = [pair.name for pair in pairs if not found[pair.name].sigma.any()]
+    untouched = _untouched(pairs, found)
     with torch.no_grad():
         for pair in pairs:
             if pair.name not in untouched:
@@ -294,31 +288,18 @@ def get_lora_one_state(
         raise SettingError(f"`tolerance` must be in [0, 1); got {tolerance}.")
     if not fresh_batches:
         batches = list(batches)
-    modules = factor_modules(model, adapter)
-    seats = [_Seat(pair, *modules[pair.name], width or 2 * pair.r) for pair in pairs]
-    with _undisturbed(model):
-        for number in range(1, passes + 1):
-            _look(seats, model, batches, loss_fn, from_right=number % 2 == 1)
-            unseen = [missing(seat.energies) for seat in seats]
-            if number > 1 and max(unseen) <= tolerance:
-                break
+    seats = look_at(
+        model, pairs, factor_modules(model, adapter), batches, loss_fn, width, passes, tolerance
+    )
     if not any(seat.energies[-1] > 0 for seat in seats):
         raise GradientError("the loss of `batches` must depend on a LoRA layer; it does on none.")
     state = {}
-    for seat, share in zip(seats, unseen, strict=True):
-        name, seen = seat.pair.name, seat.seen
-        assert seen is not None  # noqa: S101 (there was a pass)
-        for key, value in seen._asdict().items():
-            state[f"{name}.{key}"] = value.cpu().contiguous()
-        state[f"{name}.missing"] = torch.tensor([share])
+    for seat in seats:
+        assert seat.seen is not None  # noqa: S101 (there was a pass)
+        for key, value in seat.seen._asdict().items():
+            state[f"{seat.pair.name}.{key}"] = value.cpu().contiguous()
+        state[f"{seat.pair.name}.missing"] = torch.tensor([missing(seat.energies)])
     return state
-
-
-def mean_loss(model: nn.Module, batches: Iterable[Any], loss_fn: Loss | None = None) -> float:
-    """Mean loss of the batches as the model stands, dropout off, over all processes; changes nothing."""
-    with _undisturbed(model), torch.no_grad():
-        losses = [float(loss) for loss in _losses(model, batches, loss_fn)]
-    return _over_processes(torch.tensor(losses).sum(), len(losses)).item()
 
 
 class _Looking(NamedTuple):
@@ -347,151 +328,16 @@ def _find(
     return _of_state(state, pairs)
 
 
-# ---- one pass ----------------------------------------------------------------------------------
-
-
-class _Seat:
-    """Where a pair sits, and the basis that is known: V (to look at G V next), then U, then V …"""
-
-    def __init__(self, pair: Pair, on_A: nn.Module, on_B: nn.Module, width: int) -> None:
-        self.pair, self.on_A, self.on_B = pair, on_A, on_B
-        self.width = min(width, pair.d_in, pair.d_out)
-        seed = zlib.crc32(f"sketch of {pair.name}".encode())
-        self.basis = random_basis(pair.d_in, self.width, seed).float()
-        self.energies: list[float] = []
-        self.seen: Triplets | None = None
-
-    @contextmanager
-    def widened(self, from_right: bool) -> Iterator[nn.Parameter]:
-        """Replace the pair by one that does nothing to the function; yields the factor to look at."""
-        self.seen = None  # makes room
-        A, B = self.pair.A, self.pair.B
-        like = {"device": A.device, "dtype": torch.promote_types(A.dtype, torch.float32)}
-        shape_A, shape_B = (self.width, *A.shape[1:]), (B.shape[0], self.width, *B.shape[2:])
-        basis = self.basis.to(**like)
-        if from_right:
-            known, looked = basis.mT.reshape(shape_A), torch.zeros(shape_B, **like)
-        else:
-            known, looked = basis.reshape(shape_B), torch.zeros(shape_A, **like)
-        fixed, wanted = nn.Parameter(known, requires_grad=False), nn.Parameter(looked)
-        self.on_A.weight, self.on_B.weight = (fixed, wanted) if from_right else (wanted, fixed)
-        try:
-            yield wanted
-        finally:
-            self.on_A.weight, self.on_B.weight = A, B
-
-    def take(self, product: Tensor, from_right: bool) -> None:
-        """What a pass has shown: G V (d_out, k), or G^T U (d_in, k)."""
-        if not bool(product.isfinite().all()):
-            raise GradientError(
-                f"the gradient of `{self.pair.name}` is not finite. Look at the loss and the batches; "
-                "with fp16, lower the loss scale."
-            )
-        seen = (seen_from_right if from_right else seen_from_left)(product, self.basis)
-        r = self.pair.r
-        self.energies.append(float(seen.sigma[:r].square().sum()))
-        self.seen = Triplets(*(part[..., :r].float() for part in seen))
-        self.basis = (seen.U if from_right else seen.V).float()
-
-
-def _look(
-    seats: list[_Seat],
-    model: nn.Module,
-    batches: Iterable[Any],
-    loss_fn: Loss | None,
-    from_right: bool,
-) -> None:
-    """One pass over the batches, and what it shows to every seat."""
-    with ExitStack() as stack:
-        wanted = [stack.enter_context(seat.widened(from_right)) for seat in seats]
-        count = 0
-        for loss in _losses(model, batches, loss_fn):
-            loss.backward()
-            count += 1
-    for seat, factor in zip(seats, wanted, strict=True):
-        grad = torch.zeros_like(factor) if factor.grad is None else factor.grad
-        factor.grad = None
-        mean = _over_processes(grad / seat.pair.scale, count).flatten(1)
-        seat.take(mean if from_right else mean.mT, from_right)
-
-
-def _losses(model: nn.Module, batches: Iterable[Any], loss_fn: Loss | None) -> Iterator[Tensor]:
-    """The loss of every batch; refuses what is none."""
-    from accelerate.utils import send_to_device
-
-    device, empty = next(model.parameters()).device, True
-    for batch in batches:
-        empty, moved = False, send_to_device(batch, device)
-        if loss_fn is not None:
-            loss = loss_fn(model, moved)
-        elif isinstance(moved, Mapping):
-            output = model(**moved)
-            loss = output["loss"] if isinstance(output, Mapping) else getattr(output, "loss", None)
-        else:
-            raise DataError(
-                f"`batches` must hold mappings for model(**batch), or `loss_fn` must be given; got a "
-                f"{type(batch).__name__}."
-            )
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise DataError(
-                f"a batch must give a scalar loss; got {type(loss).__name__}. Have it hold `labels`, or "
-                "give `loss_fn`."
-            )
-        if not bool(loss.isfinite()):
-            raise GradientError(f"the loss of a batch is {loss.item()}. Look at the batches.")
-        yield loss
-    if empty:
-        raise DataError("`batches` must hold at least one batch; got none.")
-
-
-def _over_processes(total: Tensor, count: int) -> Tensor:
-    """total / count, both summed over all processes."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        number = torch.tensor(float(count), device=total.device)
-        torch.distributed.all_reduce(total)
-        torch.distributed.all_reduce(number)
-        return total / number
-    return total / count
-
-
-@contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """No dropout, no parameter that wants a gradient; put back at the end, as are random numbers.
-
-    Modes are left alone: eval mode would switch gradient checkpointing off. transformers keeps
-    rates of attention as numbers on its modules.
-    """
-    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    rates = [
-        (module, name, value)
-        for module in model.modules()
-        for name, value in vars(module).items()
-        if isinstance(value, float) and ("drop" in name or (name == "p" and _drops(module)))
-    ]
-    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
-    try:
-        for module, name, _ in rates:
-            setattr(module, name, 0.0)
-        for parameter in wanted:
-            parameter.requires_grad_(False)
-        with torch.random.fork_rng(devices=list(devices)):
-            yield
-    finally:
-        for module, name, value in rates:
-            setattr(module, name, value)
-        for parameter in wanted:
-            parameter.requires_grad_(True)
-
-
-def _drops(module: nn.Module) -> bool:
-    return "drop" in type(module).__name__.lower()
-
-
 # ---- reading and writing -----------------------------------------------------------------------
 
 
 def _fresh_pairs(model: nn.Module, adapter: str) -> list[Pair]:
-    """The adapter's pairs; raises `SetupError` where one is trained already, or not in use."""
+    """The adapter's pairs; raises `SetupError` where one is trained already or not in use."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise SetupError(
+            "a start needs the model itself; got one in DistributedDataParallel. Call it before wrapping, "
+            "on every process."
+        )
     pairs = find_pairs(model, adapter)
     refuse_unused(model, adapter)
     for pair in pairs:
@@ -501,6 +347,11 @@ def _fresh_pairs(model: nn.Module, adapter: str) -> list[Pair]:
                 "adapter, with LoRA's usual start."
             )
     return pairs
+
+
+def _untouched(pairs: list[Pair], found: dict[str, Triplets]) -> list[str]:
+    """Layers the loss does not depend on."""
+    return [pair.name for pair in pairs if not found[pair.name].sigma.any()]
 
 
 def _of_state(
