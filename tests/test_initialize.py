@@ -19,6 +19,7 @@ from geolora.errors import (
     BudgetError,
     DataError,
     GradientError,
+    PairingError,
     SettingError,
     SetupError,
     StateError,
@@ -176,10 +177,11 @@ def test_batches_are_drawn_once_or_anew() -> None:
 
     geolora.get_lora_one_state(lora_net(r=3), Drawn(), loss_of, passes=3, tolerance=0)
     assert len(drawn) == 1
-    geolora.get_lora_one_state(
-        lora_net(r=3), Drawn(), loss_of, passes=3, tolerance=0, fresh_batches=True
+    state = geolora.get_lora_one_state(
+        lora_net(r=3), Drawn(), loss_of, passes=3, tolerance=0.9, fresh_batches=True
     )
-    assert len(drawn) == 4
+    assert len(drawn) == 4, "all passes"
+    assert state["first.missing"].isnan()
 
 
 class Kinds(nn.Module):
@@ -323,6 +325,52 @@ def test_descent_is_checked_and_the_norm_halved_until_it_holds() -> None:
     assert start.loss_after < start.loss_before
     W = products(model)["first"]
     assert torch.linalg.matrix_norm(W.detach(), 2) == pytest.approx(start.norm)
+
+
+def test_a_norm_that_is_much_too_large_is_halved_and_what_fails_is_undone() -> None:
+    def explodes(model: nn.Module, given: tuple[Tensor, Tensor]) -> Tensor:
+        big = max(float(W.norm()) for W in products(model).values())
+        return loss_of(model, given) + (torch.inf if big > 0.02 else 0.0)
+
+    model = lora_net(r=3)
+    start = geolora.initialize_lora_one(model, batches(), explodes, norm=0.05, check_descent=True)
+    assert start.norm < 0.02
+    model = lora_net(r=3)
+    before = snapshot(model)
+
+    def breaks(model: nn.Module, given: tuple[Tensor, Tensor]) -> Tensor:
+        if any(W.any() for W in products(model).values()):
+            raise RuntimeError("out of memory")
+        return loss_of(model, given)
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        geolora.initialize_lora_one(model, batches(), breaks, check_descent=True)
+    assert same(before, snapshot(model))
+
+
+def test_running_statistics_are_put_back() -> None:
+    base = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 9, 2))
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["0", "3"])).train()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    x = torch.randn(8, 2, 5, 5)
+    geolora.initialize_lora_one(
+        model, [x], lambda m, x: (m(x) - 1).square().mean(), check_descent=True
+    )
+    assert len(before) == 3
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+def test_lora_sb_starts_at_lora_ones_point() -> None:
+    model = lora_net(r=3, scale=2.0)
+    twin = copy.deepcopy(model)
+    state = geolora.get_lora_one_state(model, batches(), loss_of)
+    geolora.initialize_lora_one(model, state=state, norm=0.07)
+    geolora.initialize_lora_sb(twin, state=state, norm=0.07)
+    for name, W in products(model).items():
+        assert difference(products(twin)[name], W) < 1e-6
+    for pair in find_pairs(twin):
+        A = pair.A.detach()
+        assert torch.allclose(A @ A.mT, torch.eye(3, dtype=A.dtype), atol=1e-6)
 
 
 class Apart(nn.Module):
@@ -491,6 +539,12 @@ def test_a_gradient_that_is_not_finite_names_the_layer() -> None:
 
 
 def test_trained_inactive_and_merged_adapters_are_refused() -> None:
+    frozen = lora_net(r=4).requires_grad_(False)
+    before = snapshot(frozen)
+    for initialize in (geolora.initialize_lora_one, geolora.initialize_lora_ga):
+        with pytest.raises(PairingError, match="must be trainable"):
+            initialize(frozen, batches(), loss_of)
+    assert same(before, snapshot(frozen))
     model = lora_net(r=3)
     train(model, geolora.GeoLoRA(model), 1)
     with pytest.raises(SetupError, match="B of `first` is not zero"):
@@ -527,19 +581,30 @@ import sys
 import torch
 sys.path[:0] = {path!r}
 import geolora
-from geolora.pairs import find_pairs
+import geolora.errors
 from models import lora_net
 from test_initialize import batches, loss_of
 torch.distributed.init_process_group("gloo", init_method="file://{file}", rank=int(sys.argv[1]), world_size=2)
 torch.manual_seed(0)
 given = batches(4)
 mine = given[:1] if sys.argv[1] == "0" else given[1:]
-state = geolora.get_lora_one_state(lora_net(r=3), mine, loss_of)
+model = lora_net(r=3)
+state = geolora.get_lora_one_state(model, mine, loss_of)
 torch.save(state, sys.argv[2])
+try:  # one process has a batch that gives no loss: both end
+    geolora.get_lora_one_state(model, [0] if sys.argv[1] == "0" else mine, loss_of)
+except TypeError:
+    assert sys.argv[1] == "0"
+except geolora.errors.GradientError as error:
+    assert "another process failed" in str(error)
+else:
+    raise SystemExit("no error")
 """
 
 
-def test_two_processes_see_the_gradient_of_all_their_batches(tmp_path: Path) -> None:
+def test_two_processes_see_the_gradient_of_all_their_batches_and_fail_together(
+    tmp_path: Path,
+) -> None:
     here = str(Path(__file__).parent)
     code = TWO.format(path=[here], file=tmp_path / "meet")
     files = [tmp_path / f"{rank}.pt" for rank in range(2)]

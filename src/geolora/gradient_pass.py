@@ -37,7 +37,8 @@ def look_at(
 
     Args:
         modules: {layer: the modules whose `weight` is A, and B}.
-        batches: iterated over once a pass. The others: see `geolora.get_lora_one_state`.
+        batches: iterated over once a pass.
+        loss_fn, width, passes, tolerance: as in `geolora.get_lora_one_state`.
     """
     seats = [Seat(pair, *modules[pair.name], width or 2 * pair.r) for pair in pairs]
     with _undisturbed(model):
@@ -50,9 +51,15 @@ def look_at(
 
 def mean_loss(model: nn.Module, batches: Iterable[Any], loss_fn: Loss | None = None) -> float:
     """Mean loss of the batches as the model stands, dropout off, over all processes; changes nothing."""
+    device = next(model.parameters()).device
+    total, count, failure = torch.zeros((), device=device), 0, None
     with _undisturbed(model), torch.no_grad():
-        losses = [float(loss) for loss in _losses(model, batches, loss_fn)]
-    return _over_processes(torch.tensor(losses).sum(), len(losses)).item()
+        try:
+            for loss in _losses(model, batches, loss_fn):
+                total, count = total + loss.detach().float(), count + 1
+        except Exception as error:  # noqa: BLE001 (raised again, on all processes)
+            failure = error
+    return float(_over_processes(total, _agreed(count, failure, device)))
 
 
 class Seat:
@@ -73,7 +80,7 @@ class Seat:
         A, B = self.pair.A, self.pair.B
         like = {"device": A.device, "dtype": torch.promote_types(A.dtype, torch.float32)}
         shape_A, shape_B = (self.width, *A.shape[1:]), (B.shape[0], self.width, *B.shape[2:])
-        basis = self.basis.to(**like)
+        basis = self.basis = self.basis.to(**like)
         if from_right:
             known, looked = basis.mT.reshape(shape_A), torch.zeros(shape_B, **like)
         else:
@@ -115,11 +122,16 @@ def _look(
     )
     with ExitStack() as stack, bar:
         wanted = [stack.enter_context(seat.widened(from_right)) for seat in seats]
-        count = 0
-        for loss in _losses(model, batches, loss_fn):
-            loss.backward()
-            count += 1
-            bar.update()
+        count, failure = 0, None
+        try:
+            for loss in _losses(model, batches, loss_fn):
+                _refuse_useless(loss)
+                loss.backward()
+                count += 1
+                bar.update()
+        except Exception as error:  # noqa: BLE001 (raised again, on all processes)
+            failure = error
+    count = _agreed(count, failure, wanted[0].device)
     for seat, factor in zip(seats, wanted, strict=True):
         grad = torch.zeros_like(factor) if factor.grad is None else factor.grad
         factor.grad = None
@@ -131,9 +143,9 @@ def _losses(model: nn.Module, batches: Iterable[Any], loss_fn: Loss | None) -> I
     """The loss of every batch; refuses what is none."""
     from accelerate.utils import send_to_device
 
-    device, empty = next(model.parameters()).device, True
+    device = next(model.parameters()).device
     for batch in batches:
-        empty, moved = False, send_to_device(batch, device)
+        moved = send_to_device(batch, device)
         if loss_fn is not None:
             loss = loss_fn(model, moved)
         elif isinstance(moved, Mapping):
@@ -149,20 +161,38 @@ def _losses(model: nn.Module, batches: Iterable[Any], loss_fn: Loss | None) -> I
                 f"a batch must give a scalar loss; got {type(loss).__name__}. Have it hold `labels`, or "
                 "give `loss_fn`."
             )
-        if not bool(loss.isfinite()):
-            raise GradientError(f"the loss of a batch is {loss.item()}. Look at the batches.")
         yield loss
-    if empty:
+
+
+def _refuse_useless(loss: Tensor) -> None:
+    if not bool(loss.isfinite()):
+        raise GradientError(f"the loss of a batch is {loss.item()}. Look at the batches.")
+    if not loss.requires_grad:
+        raise GradientError(
+            "the loss of `batches` must depend on a LoRA layer; it does on none, or was made under "
+            "no_grad. With reentrant checkpointing call model.enable_input_require_grads()."
+        )
+
+
+def _agreed(count: int, failure: Exception | None, device: torch.device) -> int:
+    """The number of batches of all processes; raises on all of them where one has failed, or all have none."""
+    if _several():
+        both = torch.tensor([float(count), float(failure is not None)], device=device)
+        torch.distributed.all_reduce(both)
+        count = int(both[0])
+        if failure is None and both[1] > 0:
+            raise GradientError("another process failed in this pass over its batches: see there.")
+    if failure is not None:
+        raise failure
+    if count == 0:
         raise DataError("`batches` must hold at least one batch; got none.")
+    return count
 
 
 def _over_processes(total: Tensor, count: int) -> Tensor:
-    """total / count, both summed over all processes."""
+    """total, summed over all processes, / count."""
     if _several():
-        number = torch.tensor(float(count), device=total.device)
         torch.distributed.all_reduce(total)
-        torch.distributed.all_reduce(number)
-        return total / number
     return total / count
 
 
@@ -175,7 +205,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     """No dropout, no parameter that wants a gradient; put back at the end, as are random numbers.
 
     Modes are left alone: eval mode would switch gradient checkpointing off. transformers keeps
-    rates of attention as numbers on its modules.
+    rates of attention as numbers on its modules. Running statistics of norms are put back too.
     """
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     rates = [
@@ -184,6 +214,8 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         for name, value in vars(module).items()
         if isinstance(value, float) and ("drop" in name or (name == "p" and _drops(module)))
     ]
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+    statistics = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
     try:
         for module, name, _ in rates:
@@ -197,6 +229,8 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
             setattr(module, name, value)
         for parameter in wanted:
             parameter.requires_grad_(True)
+        for buffer, before in statistics:
+            buffer.copy_(before)
 
 
 def _drops(module: nn.Module) -> bool:

@@ -28,6 +28,7 @@ from geolora.pairs import (
     check_budget,
     factor_modules,
     find_pairs,
+    refuse_frozen,
     refuse_unused,
 )
 
@@ -113,15 +114,22 @@ def initialize_lora_one(
     def loss() -> float:
         return mean_loss(model, batches or [], loss_fn)
 
-    before = loss() if check_descent else None
-    _write(pairs, found, norm, ranks)
-    after = loss() if check_descent else None
-    for _ in range(HALVINGS):
-        if before is None or after is None or after < before:
-            break
-        norm /= 2
+    before, after = loss() if check_descent else None, None
+    kept = [(pair.A.detach().clone(), pair.B.detach().clone()) for pair in pairs]
+    try:
         _write(pairs, found, norm, ranks)
-        after = loss()
+        for _ in range(HALVINGS if before is not None else 0):
+            after = loss()
+            if before is not None and after < before:
+                break
+            norm /= 2
+            _write(pairs, found, norm, ranks)
+    except BaseException:
+        with torch.no_grad():
+            for pair, (A, B) in zip(pairs, kept, strict=True):
+                pair.A.copy_(A)
+                pair.B.copy_(B)
+        raise
     untouched = _untouched(pairs, found)
     return GradientStart(norm, unseen, untouched, before, after)
 
@@ -144,8 +152,8 @@ def initialize_lora_ga(
     Half of the slots of every pair are trained; the other half holds what takes their start away, so that the
     function is unchanged, and is kept as it is: their gradients are made zero. The adapter is saved
     and loaded like any other. For optimizers that leave alone what has no gradient, slot by slot: AdamW or
-    SGD without weight decay; not `GeoLoRA`, `RiemannianAdamW` or `LoRAPro`. Where a run is resumed from a
-    checkpoint, call `keep_second_half(model)` instead.
+    SGD without weight decay; not `GeoLoRA`, `RiemannianAdamW` or `LoRAPro`. What keeps the gradients zero are
+    hooks, which a copy, a pickle, a checkpoint or FSDP do not take along: call `keep_second_half(model)` there.
 
     Args:
         model: a PeftModel with LoRA pairs of even rank 2h, to train with rank h, whose B is zero.
@@ -268,7 +276,8 @@ def get_lora_one_state(
         passes: at most so many passes over the batches, 2 or more.
         tolerance: share of energy, in [0, 1); 0 makes all `passes`.
         fresh_batches: iterate over `batches` anew in every pass (a DataLoader that shuffles then
-            gives others); else they are drawn once and kept.
+            gives others); else they are drawn once and kept. All `passes` are made then, and what is
+            missing is not known (NaN).
 
     Returns:
         For every layer, float32 on the CPU: `NAME.U` (d_out, r), `NAME.sigma` (r,), `NAME.V` (d_in, r) of
@@ -288,9 +297,8 @@ def get_lora_one_state(
         raise SettingError(f"`tolerance` must be in [0, 1); got {tolerance}.")
     if not fresh_batches:
         batches = list(batches)
-    seats = look_at(
-        model, pairs, factor_modules(model, adapter), batches, loss_fn, width, passes, tolerance
-    )
+    modules, enough = factor_modules(model, adapter), -1.0 if fresh_batches else tolerance
+    seats = look_at(model, pairs, modules, batches, loss_fn, width, passes, enough)
     if not any(seat.energies[-1] > 0 for seat in seats):
         raise GradientError("the loss of `batches` must depend on a LoRA layer; it does on none.")
     state = {}
@@ -298,7 +306,8 @@ def get_lora_one_state(
         assert seat.seen is not None  # noqa: S101 (there was a pass)
         for key, value in seat.seen._asdict().items():
             state[f"{seat.pair.name}.{key}"] = value.cpu().contiguous()
-        state[f"{seat.pair.name}.missing"] = torch.tensor([missing(seat.energies)])
+        share = math.nan if fresh_batches else missing(seat.energies)
+        state[f"{seat.pair.name}.missing"] = torch.tensor([share])
     return state
 
 
@@ -340,6 +349,7 @@ def _fresh_pairs(model: nn.Module, adapter: str) -> list[Pair]:
         )
     pairs = find_pairs(model, adapter)
     refuse_unused(model, adapter)
+    refuse_frozen(pairs)
     for pair in pairs:
         if bool(pair.B.ne(0).any()):
             raise SetupError(

@@ -77,6 +77,9 @@ class _Pairwise(torch.optim.Optimizer):
         if to_be_skipped(who, self.param_groups[0], totals, self._culprits):
             return
         for group in self.param_groups:
+            if group["kind"] == "pairs":
+                self._refuse(group)
+        for group in self.param_groups:
             if group["kind"] == "rest":
                 adamw_step(group, self.state)
             elif any(p.grad is not None for p in group["params"]):
@@ -85,6 +88,9 @@ class _Pairwise(torch.optim.Optimizer):
     def _advance(self, group: dict[str, Any]) -> None:
         """One step of a bucket of pairs, of which one at least has a gradient."""
         raise NotImplementedError
+
+    def _refuse(self, group: dict[str, Any]) -> None:
+        """Raise for pairs that this method cannot go on from, before anything has moved."""
 
     def _culprits(self) -> list[str]:
         return [
@@ -126,6 +132,10 @@ class RiemannianAdamW(_Pairwise):
         damping: above 0; what keeps a solve from blowing up while a factor is small (B starts at 0).
         betas, eps, weight_decay: AdamW's, for the factors.
         adapter_name: which adapter of the model; None for the active one.
+
+    Precision:
+        Solves are float64; moments have the dtype of the factors, as torch's AdamW: keep factors in float32
+        (PEFT's default), also over a bf16 base.
 
     Raises:
         PairingError: no pair, or a layer that cannot be treated.
@@ -202,11 +212,13 @@ class LoRAPro(_Pairwise):
         rest_lr: AdamW's step size for everything else that is trainable.
         moments: "tangent" (state of an adapter's size: the first moment stays in the tangent space, the
             second is kept by row and column means) or "full" (the paper's: two matrices of W's size per layer).
-        betas, eps: Adam's.
+        betas: Adam's. eps: Adam's, for moments="full".
+        ridge: what is added to B^T B and A A^T, 0 or more; the authors' 1e-8.
         adapter_name: which adapter of the model; None for the active one.
 
     Precision:
-        Moments are float32 (float64 for float64 pairs), r x r problems float64.
+        Moments are float32 (float64 for float64 pairs), what is computed from them float64. The factors
+        are rounded to their dtype in every step: keep them in float32 (PEFT's default).
 
     Raises:
         As `RiemannianAdamW`.
@@ -226,11 +238,20 @@ class LoRAPro(_Pairwise):
         moments: str = "tangent",
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        ridge: float = lora_pro.RIDGE,
         adapter_name: str | None = None,
     ) -> None:
+        self._demand("ridge", ridge, ridge >= 0 and math.isfinite(ridge), "a number >= 0")
         forms = ("tangent", "full")
         self._demand("moments", moments, moments in forms, f"one of {forms}")
-        own = {"lr": lr, "moments": moments, "betas": betas, "eps": eps, "steps": 0}
+        own = {
+            "lr": lr,
+            "moments": moments,
+            "betas": betas,
+            "eps": eps,
+            "ridge": ridge,
+            "steps": 0,
+        }
         super().__init__(model, find_pairs(model, adapter_name), own, rest_lr, adapter_name)
 
     def _advance(self, group: dict[str, Any]) -> None:
@@ -240,23 +261,21 @@ class LoRAPro(_Pairwise):
         s = scale.view(-1, 1, 1)
         on_A, on_B = _stacked(pairs, grads=True)
         seen = lora_pro.Parts(on_A / s, on_B / s)
-        at = lora_pro.metric(A, B)
+        at = lora_pro.metric(A, B, group["ridge"])
         state = self.state[group["params"][0]]
+        live = _live(pairs)
         group["steps"] += 1
         step = self._full if group["moments"] == "full" else self._tangent
-        parts, mean = step(group, state, A, B, seen, at)
+        parts, mean = step(group, state, A, B, seen, at, live)
         g_A, g_B = lora_pro.factor_gradients(A, B, parts, scale, at)
         new_A, new_B = A - group["lr"] * g_A, B - group["lr"] * g_B
         for i, pair in enumerate(pairs):
-            if all(p.grad is None for p in pair):
-                new_A[i], new_B[i] = A[i], B[i]
-                continue
-            for p, new in zip(pair, (new_A[i], new_B[i]), strict=True):
-                p.copy_(new.reshape(p.shape))
+            if live[i]:
+                for p, new in zip(pair, (new_A[i], new_B[i]), strict=True):
+                    p.copy_(new.reshape(p.shape))
         if mean is not None:
             written = _stacked(pairs)  # as rounded to the dtype of the factors
-            moved = lora_pro.carried(A, B, mean, *written, at)
-            state["on_A"], state["on_B"] = moved
+            state["on_A"], state["on_B"] = lora_pro.carried(A, B, mean, *written, at)
 
     @staticmethod
     def _tangent(
@@ -266,6 +285,7 @@ class LoRAPro(_Pairwise):
         B: Tensor,
         seen: lora_pro.Parts,
         at: lora_pro.Metric,
+        live: list[bool],
     ) -> tuple[lora_pro.Parts, lora_pro.Parts]:
         """N by its parts, and the first moment."""
         now = lora_pro.mean_squares(A, B, seen, at)
@@ -274,9 +294,9 @@ class LoRAPro(_Pairwise):
             state.update(zip(("rows", "columns"), map(torch.zeros_like, now), strict=True))
         first, second = group["betas"]
         for key, part in zip(("on_A", "on_B"), seen, strict=True):
-            state[key].lerp_(part, 1 - first)
+            _move_average(state[key], part, first, live)
         for key, part in zip(("rows", "columns"), now, strict=True):
-            state[key].lerp_(part, 1 - second)
+            _move_average(state[key], part, second, live)
         mean = lora_pro.Parts(state["on_A"], state["on_B"])
         unbiased = 1 - second ** group["steps"]
         squares = lora_pro.Squares(state["rows"] / unbiased, state["columns"] / unbiased)
@@ -292,17 +312,37 @@ class LoRAPro(_Pairwise):
         B: Tensor,
         seen: lora_pro.Parts,
         at: lora_pro.Metric,
+        live: list[bool],
     ) -> tuple[lora_pro.Parts, None]:
         """N by its parts."""
         G = lora_pro.dense(A, B, seen, at)
         if not state:
             state.update(exp_avg=torch.zeros_like(G), exp_avg_sq=torch.zeros_like(G))
-        first, second = group["betas"]
-        state["exp_avg"].lerp_(G, 1 - first)
-        state["exp_avg_sq"].mul_(second).addcmul_(G, G, value=1 - second)
-        root = (state["exp_avg_sq"] / (1 - second ** group["steps"])).sqrt_().add_(group["eps"])
-        N = state["exp_avg"] / (1 - first ** group["steps"]) / root
+        N = _adam(state, G, group, live)
         return lora_pro.parts_of(N, A, B), None
+
+
+def _adam(state: dict[str, Any], grad: Tensor, group: dict[str, Any], live: list[bool]) -> Tensor:
+    """Adam's direction from `exp_avg` and `exp_avg_sq`, which move where there is a gradient."""
+    first, second = group["betas"]
+    _move_average(state["exp_avg"], grad, first, live)
+    _move_average(state["exp_avg_sq"], grad.square(), second, live)
+    root = (state["exp_avg_sq"] / (1 - second ** group["steps"])).sqrt_().add_(group["eps"])
+    return state["exp_avg"] / (1 - first ** group["steps"]) / root
+
+
+def _move_average(average: Tensor, now: Tensor, beta: float, live: list[bool]) -> None:
+    """average <- beta average + (1 - beta) now, in place, for the pairs that have a gradient."""
+    if all(live):
+        average.lerp_(now, 1 - beta)
+        return
+    for mine, theirs, moves in zip(average, now, live, strict=True):
+        if moves:
+            mine.lerp_(theirs, 1 - beta)
+
+
+def _live(pairs: list[tuple[Tensor, Tensor]]) -> list[bool]:
+    return [any(p.grad is not None for p in pair) for pair in pairs]
 
 
 class LoRASB(_Pairwise):
@@ -318,7 +358,7 @@ class LoRASB(_Pairwise):
         adapter_name: which adapter of the model; None for the active one.
 
     Raises:
-        As `RiemannianAdamW`; SetupError also in the first step where the rows of A are not orthonormal.
+        As `RiemannianAdamW`; SetupError also in the first step where B is zero or the rows of A are not orthonormal.
 
     Source: arXiv 2411.19557.
 
@@ -342,36 +382,56 @@ class LoRASB(_Pairwise):
 
     def _advance(self, group: dict[str, Any]) -> None:
         pairs = list(pairs_of(group["params"]))
-        state = self.state[group["params"][0]]
-        scale = scales_of(group, _stacked(pairs)[0])
+        state, (A, B) = self.state[group["params"][0]], _stacked(pairs)
+        scale = scales_of(group, A)
         s = scale.view(-1, 1, 1)
-        if not state:
-            A, B = _stacked(pairs)
-            self._refuse_other_starts(group, A, B)
-            U, values, Vt = torch.linalg.svd(s * B, full_matrices=False)
-            R = values.unsqueeze(-1) * Vt
-            state.update(U=U, R=R, exp_avg=torch.zeros_like(R), exp_avg_sq=torch.zeros_like(R))
+        self._read(state, pairs, B, s)
+        live = [b.grad is not None and bool(b.any()) for _, b in pairs]
         grad = lora_sb.core_gradient(state["U"], _stacked(pairs, grads=True)[1], scale)
         group["steps"] += 1
-        first, second = group["betas"]
-        state["exp_avg"].lerp_(grad, 1 - first)
-        state["exp_avg_sq"].mul_(second).addcmul_(grad, grad, value=1 - second)
-        root = (state["exp_avg_sq"] / (1 - second ** group["steps"])).sqrt_().add_(group["eps"])
-        state["R"] -= group["lr"] / (1 - first ** group["steps"]) * state["exp_avg"] / root
-        B = state["U"] @ state["R"] / s
+        move = group["lr"] * _adam(state, grad, group, live)
+        if group["lr"] == 0:
+            return
         for i, (_, b) in enumerate(pairs):
-            if b.grad is not None and b.any():
-                b.copy_(B[i].reshape(b.shape))
+            if live[i]:
+                state["R"][i] -= move[i]
+                b.copy_((state["U"][i] @ state["R"][i] / s[i]).reshape(b.shape))
 
     @staticmethod
-    def _refuse_other_starts(group: dict[str, Any], A: Tensor, B: Tensor) -> None:
-        for name, rows, columns in zip(group["layers"], A, B, strict=True):
+    def _read(
+        state: dict[str, Any], pairs: list[tuple[Tensor, Tensor]], B: Tensor, s: Tensor
+    ) -> None:
+        """U and R of B = U R / s, where B is not what was written (a start, a reload); moments anew there."""
+        if not state:
+            for key, shape in (("U", B.shape), ("R", (len(B), *B.shape[-1:] * 2))):
+                state[key] = B.new_zeros(shape)
+            state.update(
+                exp_avg=torch.zeros_like(state["R"]), exp_avg_sq=torch.zeros_like(state["R"])
+            )
+        close = 100 * torch.finfo(pairs[0][1].dtype).eps
+        apart = torch.linalg.matrix_norm(s * B - state["U"] @ state["R"])
+        for i in (apart > close * torch.linalg.matrix_norm(s * B)).nonzero().flatten().tolist():
+            U, values, Vt = torch.linalg.svd(s[i] * B[i], full_matrices=False)
+            state["U"][i], state["R"][i] = U, values.unsqueeze(-1) * Vt
+            state["exp_avg"][i], state["exp_avg_sq"][i] = 0, 0
+
+    def _refuse(self, group: dict[str, Any]) -> None:
+        if group["steps"]:
+            return
+        pairs = zip(group["layers"], *_stacked(list(pairs_of(group["params"]))), strict=True)
+        for name, rows, columns in pairs:
             gram = rows @ rows.mT - torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
             if columns.any() and gram.abs().max() > 0.05:  # bf16 rows are within 0.01
                 raise SetupError(
                     f"LoRASB: the rows of A of `{name}` must be orthonormal; they are not. Call "
                     "geolora.initialize_lora_sb(model, batches) first."
                 )
+        own = [p for g in self.param_groups if g["kind"] == "pairs" for p in g["params"][1::2]]
+        if not any(bool(b.any()) for b in own):
+            raise SetupError(
+                "LoRASB: the pairs must have bases; B is zero in all of them. Call "
+                "geolora.initialize_lora_sb(model, batches) first."
+            )
 
 
 class RACLoRA(_Pairwise):
@@ -390,7 +450,7 @@ class RACLoRA(_Pairwise):
         adapter_name: which adapter of the model; None for the active one.
 
     Raises:
-        As `RiemannianAdamW`.
+        As `RiemannianAdamW`; SetupError also in the first step where B is not zero.
 
     Source: arXiv 2410.08305.
 
@@ -433,16 +493,20 @@ class RACLoRA(_Pairwise):
             for p in group["params"]:
                 self.state.pop(p, None)
         group["steps"] += 1
-        grads = []
-        for A, B in pairs_of(group["params"]):
-            first, last = rac_lora.slots_of(block, blocks, A.shape[0])
-            if A.grad is not None:
-                grads.append(torch.zeros_like(A.grad))
+        trained, grads = group["params"][1::2], []
+        for B in trained:
             if B.grad is not None:
-                now = torch.zeros_like(B.grad)
-                now[:, first:last] = B.grad[:, first:last]
-                grads.append(now)
-        adamw_step(group, self.state, grads)
+                first, last = rac_lora.slots_of(block, blocks, B.shape[1])
+                grads.append(torch.zeros_like(B.grad))
+                grads[-1][:, first:last] = B.grad[:, first:last]
+        adamw_step({**group, "params": trained}, self.state, grads)
+
+    def _refuse(self, group: dict[str, Any]) -> None:
+        for name, (_, B) in zip(group["layers"], pairs_of(group["params"]), strict=True):
+            if not group["steps"] and B.any():
+                raise SetupError(
+                    f"RACLoRA: a chain starts from B = 0; that of `{name}` is not. Use LoRA's usual start."
+                )
 
 
 def _stacked(pairs: list[tuple[Tensor, Tensor]], grads: bool = False) -> tuple[Tensor, Tensor]:

@@ -32,6 +32,8 @@ def adamw_step(
                 "exp_avg": torch.zeros_like(p),
                 "exp_avg_sq": torch.zeros_like(p),
             }
+        elif fused:  # a state that was loaded may have it on the CPU
+            state[p]["step"] = state[p]["step"].to(p.device)
     adamw(
         params,
         [p.grad for p in params] if grads is None else grads,

@@ -47,8 +47,8 @@ def projected(M: Tensor, A: Tensor, B: Tensor) -> Tensor:
 def test_the_equivalent_gradient_is_the_projection(kind: str) -> None:
     A, B = point(kind)
     G = normal(5, 7, seed=2)
-    parts, at = parts_of(G, A, B), metric(A, B)
-    g_A, g_B = factor_gradients(A, B, parts, SCALE)
+    parts, at = parts_of(G, A, B), metric(A, B, ridge=0.0)
+    g_A, g_B = factor_gradients(A, B, parts, SCALE, at)
     limit = 1e-4 if kind == "small" else 1e-9
     assert difference(SCALE * (B @ g_A + g_B @ A), projected(G, A, B)) < limit
     assert difference(dense(A, B, parts, at), projected(G, A, B)) < limit
@@ -57,7 +57,7 @@ def test_the_equivalent_gradient_is_the_projection(kind: str) -> None:
 def test_among_all_that_have_this_effect_they_are_nearest_to_loras() -> None:
     A, B = point("general")
     G = normal(5, 7, seed=2)
-    g_A, g_B = factor_gradients(A, B, parts_of(G, A, B), SCALE)
+    g_A, g_B = factor_gradients(A, B, parts_of(G, A, B), SCALE, metric(A, B, ridge=0.0))
 
     def distance(X: Tensor) -> Tensor:
         on_A = g_A + X @ A - SCALE * B.mT @ G
@@ -73,7 +73,7 @@ def test_among_all_that_have_this_effect_they_are_nearest_to_loras() -> None:
 def test_at_the_start_only_b_moves() -> None:
     A, B = point("start")
     G = normal(5, 7, seed=2)
-    g_A, g_B = factor_gradients(A, B, parts_of(G, A, B), SCALE)
+    g_A, g_B = factor_gradients(A, B, parts_of(G, A, B), SCALE, metric(A, B, ridge=0.0))
     assert not g_A.any()
     assert difference(g_B, G @ A.mT @ torch.linalg.inv(A @ A.mT) / SCALE) < 1e-12
 
@@ -83,7 +83,7 @@ def test_moments_are_carried_by_projection(kind: str) -> None:
     A, B = point(kind)
     M = projected(normal(5, 7, seed=2), A, B)
     new_A, new_B = A + 0.1 * normal(3, 7, seed=5), B + 0.1 * normal(5, 3, seed=6)
-    got = carried(A, B, parts_of(M, A, B), new_A, new_B, metric(A, B))
+    got = carried(A, B, parts_of(M, A, B), new_A, new_B, metric(A, B, ridge=0.0))
     want = parts_of(M, new_A, new_B)
     assert difference(got.on_A, want.on_A) < 1e-9
     assert difference(got.on_B, want.on_B) < 1e-9
@@ -93,7 +93,7 @@ def test_moments_are_carried_by_projection(kind: str) -> None:
 def test_mean_squares_and_the_normalised_matrix_without_forming_it(kind: str) -> None:
     A, B = point(kind)
     M = projected(normal(5, 7, seed=2), A, B)
-    parts, at = parts_of(M, A, B), metric(A, B)
+    parts, at = parts_of(M, A, B), metric(A, B, ridge=0.0)
     squares = mean_squares(A, B, parts, at)
     assert difference(squares.rows, M.square().mean(1)) < 1e-9
     assert difference(squares.columns, M.square().mean(0)) < 1e-9
@@ -113,10 +113,20 @@ def test_batched_equals_looped() -> None:
         assert all(difference(g[i], w) < 1e-12 for g, w in zip(got, want, strict=True))
 
 
+def test_the_ridge_bounds_how_far_a_goes_along_a_small_column() -> None:
+    A, B = point("general")
+    B[:, 2] *= 1e-9
+    G = normal(5, 7, seed=2)
+    g_A, g_B = factor_gradients(A, B, parts_of(G, A, B), SCALE, metric(A, B, ridge=1e-8))
+    assert g_A.abs().max() < 10
+    full = SCALE * (B @ g_A + g_B @ A)
+    assert difference(full, projected(G, A, B[:, :2])) < 1e-6, "the small column counts for nothing"
+
+
 def test_nothing_seen_moves_nothing() -> None:
     A, B = point("general")
     zero = Parts(torch.zeros(3, 7, dtype=torch.float64), torch.zeros(5, 3, dtype=torch.float64))
-    at = metric(A, B)
+    at = metric(A, B, ridge=0.0)
     got = normalised(A, B, zero, mean_squares(A, B, zero, at), at)
     assert not got.on_A.any()
     assert not got.on_B.any()

@@ -49,7 +49,7 @@ METHODS = (
 TAKES_BUDGET = ("geolora", "lora-then-truncate")
 OWN_START = ("pissa", "eva", "adalora", "lora-sb")
 CAN_RESUME = tuple(method for method in METHODS if method != "adalora")
-NO_GRADIENT_START = (*OWN_START, "dora")
+NO_GRADIENT_START = (*OWN_START, "dora", "rac-lora")
 START_ROWS = 64
 """Training rows of which the gradient of a start is taken, rounded up to whole batches."""
 STARTS = {
@@ -102,7 +102,9 @@ def check_method(config: "TrainConfig") -> None:
     if config.init != "default" and method in OWN_START:
         raise SettingError(f"`--init` must be default with {method}, which has its own start.")
     if config.init == "lora-one" and method in NO_GRADIENT_START:
-        raise SettingError(f"`--init lora-one` needs plain LoRA pairs, not those of {method}.")
+        raise SettingError(
+            f"`--init lora-one` needs plain LoRA pairs that start from B = 0; not {method}'s."
+        )
     if config.init == "lora-one" and config.start_rank is not None:
         raise SettingError(
             "`--start-rank` belongs to --init default: lora-one fills all of --rank."
