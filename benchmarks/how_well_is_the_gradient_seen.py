@@ -32,8 +32,8 @@ from geolora.cli.demo import model_folder
 from geolora.pairs import find_pairs
 
 TARGETS = r".*encoder\.layer\.\d+\..*(query|key|value|dense)"
-RANK, ROWS, TOKENS, ROUNDS = 8, 64, 64, 9
-WIDTHS, PASSES = (8, 16, 24, 32), (2, 3, 4, 5, 6)
+RANK, ROWS, TOKENS, ROUNDS = 8, 64, 64, 5
+WIDTHS, PASSES = (8, 16, 24, 32), (3, 4, 5)
 
 
 def adapted() -> Any:
