@@ -72,21 +72,27 @@ class _Pairwise(torch.optim.Optimizer):
                 f"{who}.step: closures are not supported. Compute the loss and call backward() "
                 "before step()."
             )
-        grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
-        totals = [total(grad) for grad in grads]
+        due = [g for g in self.param_groups if any(p.grad is not None for p in g["params"])]
+        grads = [_stacked(list(pairs_of(g["params"])), True) for g in due if g["kind"] == "pairs"]
+        rest = [g for g in due if g["kind"] == "rest"]
+        totals = [total(stack) for both in grads for stack in both]
+        totals += [total(p.grad) for g in rest for p in g["params"] if p.grad is not None]
         if to_be_skipped(who, self.param_groups[0], totals, self._culprits):
             return
-        for group in self.param_groups:
-            if group["kind"] == "pairs":
-                self._refuse(group)
-        for group in self.param_groups:
-            if group["kind"] == "rest":
-                adamw_step(group, self.state)
-            elif any(p.grad is not None for p in group["params"]):
-                self._advance(group)
+        paired = [g for g in due if g["kind"] == "pairs"]
+        for group in paired:
+            self._refuse(group)
+        for group, stacks in zip(paired, grads, strict=True):
+            self._advance(group, *stacks)
+        for group in rest:
+            adamw_step(group, self.state)
 
-    def _advance(self, group: dict[str, Any]) -> None:
-        """One step of a bucket of pairs, of which one at least has a gradient."""
+    def _advance(self, group: dict[str, Any], on_A: Tensor, on_B: Tensor) -> None:
+        """One step of a bucket, of which one pair at least has a gradient.
+
+        Args:
+            on_A, on_B: gradients (n, r, d_in) and (n, d_out, r), float32 or wider, zero where there is none.
+        """
         raise NotImplementedError
 
     def _refuse(self, group: dict[str, Any]) -> None:
@@ -173,16 +179,16 @@ class RiemannianAdamW(_Pairwise):
         pairs = find_pairs(model, adapter_name, with_experts=True)
         super().__init__(model, pairs, own, rest_lr, adapter_name)
 
-    def _advance(self, group: dict[str, Any]) -> None:
+    def _advance(self, group: dict[str, Any], on_A: Tensor, on_B: Tensor) -> None:
         fused = all(
             p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in group["params"]
         )
-        adamw_step(group, self.state, list(_preconditioned(group)), fused)
+        adamw_step(group, self.state, list(_preconditioned(group, on_A, on_B)), fused)
 
 
-def _preconditioned(group: dict[str, Any]) -> Iterable[Tensor]:
+def _preconditioned(group: dict[str, Any], on_A: Tensor, on_B: Tensor) -> Iterable[Tensor]:
     """The preconditioned gradients of a bucket, for its parameters that have one."""
-    live = [pair for pair in pairs_of(group["params"]) if any(p.grad is not None for p in pair)]
+    pairs = list(pairs_of(group["params"]))
     count = group["experts"]
 
     def of_experts(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,11 +196,11 @@ def _preconditioned(group: dict[str, Any]) -> Iterable[Tensor]:
         A = A.unflatten(1, (count, -1)).flatten(0, 1)
         return A, B.unflatten(-1, (-1, count)).movedim(-1, 1).flatten(0, 1)
 
-    pairs, grads = of_experts(*_stacked(live)), of_experts(*_stacked(live, grads=True))
-    on_A, on_B = precondition(*pairs, *grads, group["damping"])
+    factors, grads = of_experts(*_stacked(pairs)), of_experts(on_A, on_B)
+    on_A, on_B = precondition(*factors, *grads, group["damping"])
     on_A = on_A.unflatten(0, (-1, count)).flatten(1, 2)
     on_B = on_B.unflatten(0, (-1, count)).movedim(1, -1).flatten(-2)
-    for pair, parts in zip(live, zip(on_A, on_B, strict=True), strict=True):
+    for pair, parts in zip(pairs, zip(on_A, on_B, strict=True), strict=True):
         for p, part in zip(pair, parts, strict=True):
             if p.grad is not None:
                 yield part.to(p.grad.dtype).reshape(p.shape)
@@ -254,12 +260,11 @@ class LoRAPro(_Pairwise):
         }
         super().__init__(model, find_pairs(model, adapter_name), own, rest_lr, adapter_name)
 
-    def _advance(self, group: dict[str, Any]) -> None:
+    def _advance(self, group: dict[str, Any], on_A: Tensor, on_B: Tensor) -> None:
         pairs = list(pairs_of(group["params"]))
         A, B = _stacked(pairs)
         scale = scales_of(group, A)
         s = scale.view(-1, 1, 1)
-        on_A, on_B = _stacked(pairs, grads=True)
         seen = lora_pro.Parts(on_A / s, on_B / s)
         at = lora_pro.metric(A, B, group["ridge"])
         state = self.state[group["params"][0]]
@@ -380,14 +385,14 @@ class LoRASB(_Pairwise):
         own = {"lr": lr, "betas": betas, "eps": eps, "steps": 0}
         super().__init__(model, find_pairs(model, adapter_name), own, rest_lr, adapter_name)
 
-    def _advance(self, group: dict[str, Any]) -> None:
+    def _advance(self, group: dict[str, Any], on_A: Tensor, on_B: Tensor) -> None:  # noqa: ARG002
         pairs = list(pairs_of(group["params"]))
         state, (A, B) = self.state[group["params"][0]], _stacked(pairs)
         scale = scales_of(group, A)
         s = scale.view(-1, 1, 1)
         self._read(state, pairs, B, s)
         live = [b.grad is not None and bool(b.any()) for _, b in pairs]
-        grad = lora_sb.core_gradient(state["U"], _stacked(pairs, grads=True)[1], scale)
+        grad = lora_sb.core_gradient(state["U"], on_B, scale)
         group["steps"] += 1
         move = group["lr"] * _adam(state, grad, group, live)
         if group["lr"] == 0:
@@ -486,19 +491,22 @@ class RACLoRA(_Pairwise):
         }
         super().__init__(model, pairs, own, rest_lr, adapter_name)
 
-    def _advance(self, group: dict[str, Any]) -> None:
+    def _advance(self, group: dict[str, Any], on_A: Tensor, on_B: Tensor) -> None:  # noqa: ARG002
         count, blocks = group["steps_per_block"], group["blocks"]
         block = rac_lora.block_of(group["steps"], count, blocks)
         if group["steps"] and block != rac_lora.block_of(group["steps"] - 1, count, blocks):
             for p in group["params"]:
                 self.state.pop(p, None)
         group["steps"] += 1
-        trained, grads = group["params"][1::2], []
-        for B in trained:
-            if B.grad is not None:
-                first, last = rac_lora.slots_of(block, blocks, B.shape[1])
-                grads.append(torch.zeros_like(B.grad))
-                grads[-1][:, first:last] = B.grad[:, first:last]
+        first, last = rac_lora.slots_of(block, blocks, on_B.shape[-1])
+        masked = torch.zeros_like(on_B)
+        masked[..., first:last] = on_B[..., first:last]
+        trained = group["params"][1::2]
+        grads = [
+            part.to(B.grad.dtype).reshape(B.shape)
+            for B, part in zip(trained, masked, strict=True)
+            if B.grad is not None
+        ]
         adamw_step({**group, "params": trained}, self.state, grads)
 
     def _refuse(self, group: dict[str, Any]) -> None:
