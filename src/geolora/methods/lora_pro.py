@@ -60,7 +60,8 @@ class Metric(NamedTuple):
 def metric(A: Tensor, B: Tensor, ridge: float = RIDGE) -> Metric:
     """The spectra at a pair, A (*batch, r, d_in) and B (*batch, d_out, r)."""
     A, B = A.double(), B.double()
-    return Metric(*torch.linalg.eigh(B.mT @ B), *torch.linalg.eigh(A @ A.mT), ridge)
+    (a, P), (b, Q) = torch.linalg.eigh(B.mT @ B), torch.linalg.eigh(A @ A.mT)
+    return Metric(a, P, b, Q, ridge)
 
 
 def factor_gradients(
