@@ -373,6 +373,19 @@ def test_lora_sb_starts_at_lora_ones_point() -> None:
         assert torch.allclose(A @ A.mT, torch.eye(3, dtype=A.dtype), atol=1e-6)
 
 
+def test_where_no_norm_descends_the_last_one_is_what_is_told() -> None:
+    def climbs(model: nn.Module, given: tuple[Tensor, Tensor]) -> Tensor:
+        return loss_of(model, given) + 1e3 * sum(float(W.norm()) for W in products(model).values())
+
+    model = lora_net(r=3)
+    start = geolora.initialize_lora_one(model, batches(), climbs, norm=1.0, check_descent=True)
+    assert start.norm == 1 / 256
+    assert start.loss_after == pytest.approx(
+        sum(float(climbs(model, given).detach()) for given in batches()) / 3
+    )
+    assert torch.linalg.matrix_norm(products(model)["first"], 2) == pytest.approx(1 / 256)
+
+
 class Apart(nn.Module):
     """The loss sees `used` only."""
 

@@ -171,6 +171,16 @@ def stacked_gradients(params: list[Tensor], dtype: torch.dtype) -> tuple[Tensor,
     return stack(params[::2]), stack(params[1::2])
 
 
+def not_finite(groups: Iterable[dict[str, Any]]) -> list[str]:
+    """Names of the layers of some buckets of which a gradient holds NaN or infinities."""
+    return [
+        name
+        for group in groups
+        for name, pair in zip(group["layers"], pairs_of(group["params"]), strict=True)
+        if any(p.grad is not None and not p.grad.isfinite().all() for p in pair)
+    ]
+
+
 def pairs_of(params: list[Tensor]) -> Iterable[tuple[Tensor, Tensor]]:
     """(A, B) of every pair of a group."""
     return zip(params[::2], params[1::2], strict=True)

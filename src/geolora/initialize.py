@@ -114,16 +114,17 @@ def initialize_lora_one(
     def loss() -> float:
         return mean_loss(model, batches or [], loss_fn)
 
-    before, after = loss() if check_descent else None, None
+    before = loss() if check_descent else None
     kept = [(pair.A.detach().clone(), pair.B.detach().clone()) for pair in pairs]
     try:
         _write(pairs, found, norm, ranks)
-        for _ in range(HALVINGS if before is not None else 0):
-            after = loss()
-            if before is not None and after < before:
+        after = loss() if before is not None else None
+        for _ in range(HALVINGS):
+            if before is None or after is None or after < before:
                 break
             norm /= 2
             _write(pairs, found, norm, ranks)
+            after = loss()
     except BaseException:
         with torch.no_grad():
             for pair, (A, B) in zip(pairs, kept, strict=True):

@@ -23,6 +23,7 @@ from geolora.buckets import (
     make_masters,
     new_groups,
     new_probes,
+    not_finite,
     pairs_of,
     phase_of,
     refuse_other_state,
@@ -42,7 +43,7 @@ from geolora.pairs import (
     refuse_unreachable,
     unpaired_lora_layers,
 )
-from geolora.rest import SETTINGS, adamw_step
+from geolora.rest import SETTINGS, adamw_step, rest_groups
 
 MOMENTS = ("adaptive", "momentum", "none")
 DEFAULT_LR = {"adaptive": 7e-3, "momentum": 1e-2, "none": 1e-1}
@@ -164,10 +165,7 @@ class GeoLoRA(torch.optim.Optimizer):
             "max_tangent_norm": max_tangent_norm,
         }
         groups = new_groups(pairs, settings)
-        paired = {id(p) for group in groups for p in group["params"]}
-        rest = [p for p in model.parameters() if p.requires_grad and id(p) not in paired]
-        if rest:
-            groups.append({"params": rest, "lr": rest_lr, **SETTINGS})
+        groups += rest_groups(model, groups, rest_lr)
         unpaired = unpaired_lora_layers(model, adapter_name)
         if unpaired:
             warnings.warn(
@@ -283,16 +281,8 @@ class GeoLoRA(torch.optim.Optimizer):
         """True, with one warning naming the layers, where a gradient is NaN or infinite."""
         rest = [g for group in self._rest() for p in group["params"] if (g := p.grad) is not None]
         totals = [total(part) for move in moves for part in move.M] + [total(g) for g in rest]
-
-        def culprits() -> list[str]:
-            return [
-                name
-                for group in self._geometric()
-                for name, pair in zip(group["layers"], pairs_of(group["params"]), strict=True)
-                if any(p.grad is not None and not p.grad.isfinite().all() for p in pair)
-            ]
-
-        return to_be_skipped("GeoLoRA", self._geometric()[0], totals, culprits)
+        groups = self._geometric()
+        return to_be_skipped("GeoLoRA", groups[0], totals, lambda: not_finite(groups))
 
     # ---- moving --------------------------------------------------------------------------------
 

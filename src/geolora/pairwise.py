@@ -12,13 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from geolora.buckets import by_shape, load_keeping_dtypes, pairs_of, scales_of
+from geolora.buckets import (
+    by_shape,
+    load_keeping_dtypes,
+    not_finite,
+    pairs_of,
+    scales_of,
+    stacked_gradients,
+)
 from geolora.errors import SettingError, SetupError, UnpairedParametersWarning, at_most_three
 from geolora.finite import to_be_skipped, total
 from geolora.methods import lora_pro, lora_sb, rac_lora
 from geolora.methods.riemannian import precondition
 from geolora.pairs import Pair, find_pairs, refuse_frozen, unpaired_lora_layers
-from geolora.rest import SETTINGS, adamw_step
+from geolora.rest import SETTINGS, adamw_step, rest_groups
 
 
 class _Pairwise(torch.optim.Optimizer):
@@ -51,10 +58,7 @@ class _Pairwise(torch.optim.Optimizer):
             }
             for bucket in by_shape(pairs)
         ]
-        paired = {id(p) for group in groups for p in group["params"]}
-        rest = [p for p in model.parameters() if p.requires_grad and id(p) not in paired]
-        if rest:
-            groups.append({**SETTINGS, "params": rest, "lr": rest_lr})
+        groups += rest_groups(model, groups, rest_lr)
         if unpaired := unpaired_lora_layers(model, adapter_name):
             warnings.warn(
                 f"{who}: LoRA on embeddings is trained by AdamW: {at_most_three(unpaired)}.",
@@ -73,13 +77,13 @@ class _Pairwise(torch.optim.Optimizer):
                 "before step()."
             )
         due = [g for g in self.param_groups if any(p.grad is not None for p in g["params"])]
-        grads = [_stacked(list(pairs_of(g["params"])), True) for g in due if g["kind"] == "pairs"]
+        paired = [g for g in due if g["kind"] == "pairs"]
         rest = [g for g in due if g["kind"] == "rest"]
+        grads = [stacked_gradients(g["params"], _width(g)) for g in paired]
         totals = [total(stack) for both in grads for stack in both]
         totals += [total(p.grad) for g in rest for p in g["params"] if p.grad is not None]
-        if to_be_skipped(who, self.param_groups[0], totals, self._culprits):
+        if to_be_skipped(who, self.param_groups[0], totals, lambda: not_finite(paired)):
             return
-        paired = [g for g in due if g["kind"] == "pairs"]
         for group in paired:
             self._refuse(group)
         for group, stacks in zip(paired, grads, strict=True):
@@ -97,15 +101,6 @@ class _Pairwise(torch.optim.Optimizer):
 
     def _refuse(self, group: dict[str, Any]) -> None:
         """Raise for pairs that this method cannot go on from, before anything has moved."""
-
-    def _culprits(self) -> list[str]:
-        return [
-            name
-            for group in self.param_groups
-            if group["kind"] == "pairs"
-            for name, pair in zip(group["layers"], pairs_of(group["params"]), strict=True)
-            if any(p.grad is not None and not p.grad.isfinite().all() for p in pair)
-        ]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a copy of a state; every tensor keeps the dtype it was saved in."""
@@ -196,7 +191,7 @@ def _preconditioned(group: dict[str, Any], on_A: Tensor, on_B: Tensor) -> Iterab
         A = A.unflatten(1, (count, -1)).flatten(0, 1)
         return A, B.unflatten(-1, (-1, count)).movedim(-1, 1).flatten(0, 1)
 
-    factors, grads = of_experts(*_stacked(pairs)), of_experts(on_A, on_B)
+    factors, grads = of_experts(*_stacked(group)), of_experts(on_A, on_B)
     on_A, on_B = precondition(*factors, *grads, group["damping"])
     on_A = on_A.unflatten(0, (-1, count)).flatten(1, 2)
     on_B = on_B.unflatten(0, (-1, count)).movedim(1, -1).flatten(-2)
@@ -262,7 +257,7 @@ class LoRAPro(_Pairwise):
 
     def _advance(self, group: dict[str, Any], on_A: Tensor, on_B: Tensor) -> None:
         pairs = list(pairs_of(group["params"]))
-        A, B = _stacked(pairs)
+        A, B = _stacked(group)
         scale = scales_of(group, A)
         s = scale.view(-1, 1, 1)
         seen = lora_pro.Parts(on_A / s, on_B / s)
@@ -279,7 +274,7 @@ class LoRAPro(_Pairwise):
                 for p, new in zip(pair, (new_A[i], new_B[i]), strict=True):
                     p.copy_(new.reshape(p.shape))
         if mean is not None:
-            written = _stacked(pairs)  # as rounded to the dtype of the factors
+            written = _stacked(group)  # as rounded to the dtype of the factors
             state["on_A"], state["on_B"] = lora_pro.carried(A, B, mean, *written, at)
 
     @staticmethod
@@ -387,7 +382,7 @@ class LoRASB(_Pairwise):
 
     def _advance(self, group: dict[str, Any], on_A: Tensor, on_B: Tensor) -> None:  # noqa: ARG002
         pairs = list(pairs_of(group["params"]))
-        state, (A, B) = self.state[group["params"][0]], _stacked(pairs)
+        state, (A, B) = self.state[group["params"][0]], _stacked(group)
         scale = scales_of(group, A)
         s = scale.view(-1, 1, 1)
         self._read(state, pairs, B, s)
@@ -423,7 +418,7 @@ class LoRASB(_Pairwise):
     def _refuse(self, group: dict[str, Any]) -> None:
         if group["steps"]:
             return
-        pairs = zip(group["layers"], *_stacked(list(pairs_of(group["params"]))), strict=True)
+        pairs = zip(group["layers"], *_stacked(group), strict=True)
         for name, rows, columns in pairs:
             gram = rows @ rows.mT - torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
             if columns.any() and gram.abs().max() > 0.05:  # bf16 rows are within 0.01
@@ -517,13 +512,12 @@ class RACLoRA(_Pairwise):
                 )
 
 
-def _stacked(pairs: list[tuple[Tensor, Tensor]], grads: bool = False) -> tuple[Tensor, Tensor]:
-    """A (n, r, d_in) and B (n, d_out, r), or their gradients (zero where there is none); float32 or wider."""
-    dtype = torch.promote_types(pairs[0][0].dtype, torch.float32)
-    sides = []
-    for side in zip(*pairs, strict=True):
-        parts = side
-        if grads:
-            parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in side]
-        sides.append(torch.stack([part.flatten(1) for part in parts]).to(dtype))
-    return sides[0], sides[1]
+def _width(group: dict[str, Any]) -> torch.dtype:
+    """What a bucket is computed in: float32, or the wider dtype of its factors."""
+    return torch.promote_types(group["params"][0].dtype, torch.float32)
+
+
+def _stacked(group: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """A (n, r, d_in) and B (n, d_out, r) of a bucket."""
+    A, B = (torch.stack([p.flatten(1) for p in group["params"][side::2]]) for side in (0, 1))
+    return A.to(_width(group)), B.to(_width(group))

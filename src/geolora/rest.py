@@ -3,11 +3,18 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 SETTINGS = {"kind": "rest", "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
 """What a param group of AdamW holds beside its parameters and its lr."""
+
+
+def rest_groups(model: nn.Module, paired: list[dict[str, Any]], lr: float) -> list[dict[str, Any]]:
+    """One param group of all that is trainable in a model and not in the groups given; none if nothing is."""
+    taken = {id(p) for group in paired for p in group["params"]}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
+    return [{**SETTINGS, "params": rest, "lr": lr}] if rest else []
 
 
 def adamw_step(

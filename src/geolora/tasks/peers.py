@@ -37,7 +37,7 @@ from geolora.initialize import (
     keep_second_half,
 )
 from geolora.pairs import find_pairs
-from geolora.trainer import for_trainer
+from geolora.trainer import FACTORIES, for_trainer
 
 if TYPE_CHECKING:
     from geolora.tasks.config import TrainConfig
@@ -152,13 +152,13 @@ def add_adapter(
             total_step=total,
         )
     else:
-        start: Any = config.init if config.init == "gaussian" else True
+        usual: Any = config.init if config.init == "gaussian" else True
         lora = LoraConfig(
             **common,
             r=config.rank,
             use_rslora=config.method == "rslora",
             use_dora=config.method == "dora",
-            init_lora_weights=config.method if config.method in ("pissa", "eva") else start,
+            init_lora_weights=config.method if config.method in ("pissa", "eva") else usual,
             eva_config=EvaConfig() if config.method == "eva" else None,
         )
     # the task type only now: with it, PEFT would take any module whose name ends like a head
@@ -190,8 +190,7 @@ def optimizer_of(config: "TrainConfig", total: int) -> tuple[type, dict[str, Any
     if config.method == "rac-lora":
         blocks = min(RAC_BLOCKS, config.rank)
         settings |= {"blocks": blocks, "steps_per_block": -(-total // blocks)}
-    own = config.method in ("riemannian", "lora-pro", "lora-sb", "rac-lora")
-    return for_trainer(config.method if own else "lora", **settings)
+    return for_trainer(config.method if config.method in FACTORIES else "lora", **settings)
 
 
 def callbacks_of(model: Any, config: "TrainConfig") -> list[Any]:
