@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig
 from peft.optimizers import create_riemannian_optimizer
 from record import write
-from what_does_a_step_cost import TARGETS, WARM_UP, Contestant, adapted, one_step, spread
+from what_does_a_step_cost import TARGETS, WARM_UP, Contestant, adapted, spread, take_turns
 
 import geolora
 
@@ -55,14 +55,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 def measure(r: int, rounds: int) -> dict[str, Any]:
     field = contestants(r)
     names = list(field)
-    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
-    generator = torch.Generator().manual_seed(0)
-    for number in range(rounds + WARM_UP):
-        tokens = torch.randint(1000, 30000, (16, 64), generator=generator)
-        labels = torch.randint(0, 2, (16,), generator=generator)
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
-            taken[name].append(one_step(field[name], number, tokens, labels))
+    taken, _ = take_turns(field, rounds)
     results = {}
     for name in names:
         row: dict[str, Any] = {"step_ms": spread([step for step, _ in taken[name][WARM_UP:]])}

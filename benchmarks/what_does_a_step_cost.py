@@ -117,8 +117,10 @@ def spread(values: list[float]) -> list[float]:
     return [round(value, 4) for value in (low, middle, high)]
 
 
-def measure(r: int, rounds: int) -> dict[str, Any]:
-    field = contestants(r, rounds + WARM_UP)
+def take_turns(
+    field: dict[str, Contestant], rounds: int
+) -> tuple[dict[str, list[tuple[float, float]]], dict[str, list[str]]]:
+    """Times of all steps of every contestant, and the phases they were in; warm-up included."""
     names = list(field)
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     phases: dict[str, list[str]] = {name: [] for name in names}
@@ -130,6 +132,13 @@ def measure(r: int, rounds: int) -> dict[str, Any]:
         for name in names[turn:] + names[:turn]:
             phases[name].append(phase(field[name]))
             taken[name].append(one_step(field[name], number, tokens, labels))
+    return taken, phases
+
+
+def measure(r: int, rounds: int) -> dict[str, Any]:
+    field = contestants(r, rounds + WARM_UP)
+    names = list(field)
+    taken, phases = take_turns(field, rounds)
     results: dict[str, Any] = {}
     for name in names:
         counted, when = taken[name][WARM_UP:], phases[name][WARM_UP:]

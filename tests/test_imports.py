@@ -25,12 +25,13 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "finite": ("errors",),
     "optim": (*MODEL, "buckets", "finite", "rest"),
     "pairwise": (*MODEL, "buckets", "finite", "rest"),
+    "relatives": (*MODEL, "buckets", "pairwise", "rest"),
     "adapter": (*CORE, "pairs"),
     "folders": ("errors", "pairs", "adapter"),
     "gradient_pass": (*CORE, "pairs"),
     "initialize": (*MODEL, "folders", "gradient_pass"),
     "saved": (*CORE, "pairs", "adapter", "folders"),
-    "trainer": (*MODEL, "optim", "pairwise"),
+    "trainer": (*MODEL, "optim", "relatives"),
     "tasks": (*MODEL, "optim", "initialize", "adapter", "saved", "trainer", "tasks"),
     "report": ("report",),
     "cli": (*MODEL, "optim", "adapter", "saved", "trainer", "tasks", "report", "cli"),
@@ -47,6 +48,7 @@ OTHERS = {
     "rest": {"torch"},
     "optim": {"torch"},
     "pairwise": {"torch"},
+    "relatives": {"torch"},
 }
 """What the numerical parts may import from other packages, beside the standard library."""
 

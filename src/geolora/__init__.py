@@ -16,7 +16,7 @@ if TYPE_CHECKING:
         keep_second_half,
     )
     from geolora.optim import GeoLoRA
-    from geolora.pairwise import LoRAPro, LoRASB, RACLoRA, RiemannianAdamW
+    from geolora.relatives import LoRAPro, LoRASB, RACLoRA, RiemannianAdamW
     from geolora.saved import inspect, verify
     from geolora.trainer import for_trainer
 
@@ -44,10 +44,10 @@ __all__ = [
 
 _HOME = {
     "GeoLoRA": "geolora.optim",
-    "LoRAPro": "geolora.pairwise",
-    "LoRASB": "geolora.pairwise",
-    "RACLoRA": "geolora.pairwise",
-    "RiemannianAdamW": "geolora.pairwise",
+    "LoRAPro": "geolora.relatives",
+    "LoRASB": "geolora.relatives",
+    "RACLoRA": "geolora.relatives",
+    "RiemannianAdamW": "geolora.relatives",
     "export": "geolora.adapter",
     "for_trainer": "geolora.trainer",
     "get_lora_one_state": "geolora.initialize",

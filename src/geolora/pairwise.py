@@ -1,4 +1,4 @@
-"""Optimizers that train LoRA's factors as they are: `RiemannianAdamW`, `LoRAPro`, `LoRASB`, `RACLoRA`.
+"""What optimizers share that train LoRA's factors as they are (`relatives.py`): groups, skipped steps, averages.
 
 All else that is trainable goes to AdamW. Pairs are found by position in the param groups, [A1, B1, A2, B2, …],
 one group per shape, so what swaps the Parameter objects of a group (FSDP2) is followed.
@@ -6,7 +6,6 @@ one group per shape, so what swaps the Parameter objects of a group (FSDP2) is f
 
 import math
 import warnings
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,19 +15,15 @@ from geolora.buckets import (
     by_shape,
     load_keeping_dtypes,
     not_finite,
-    pairs_of,
-    scales_of,
     stacked_gradients,
 )
 from geolora.errors import SettingError, SetupError, UnpairedParametersWarning, at_most_three
 from geolora.finite import to_be_skipped, total
-from geolora.methods import lora_pro, lora_sb, rac_lora
-from geolora.methods.riemannian import precondition
-from geolora.pairs import Pair, find_pairs, refuse_frozen, unpaired_lora_layers
+from geolora.pairs import Pair, refuse_frozen, unpaired_lora_layers
 from geolora.rest import SETTINGS, adamw_step, rest_groups
 
 
-class _Pairwise(torch.optim.Optimizer):
+class Pairwise(torch.optim.Optimizer):
     """One group per bucket of pairs of equal shape, one for the rest; steps skipped where not finite."""
 
     def __init__(
@@ -119,219 +114,27 @@ class _Pairwise(torch.optim.Optimizer):
             )
 
 
-class RiemannianAdamW(_Pairwise):
-    """AdamW on LoRA's factor gradients in the metric of the other factor, for any LoRA pairs.
-
-    grad_A becomes (B^T B + damping I)^-1 grad_A and grad_B becomes grad_B (A A^T + damping I)^-1, both of the
-    pair before the step. All layers of a shape are solved together. MoE experts (`target_parameters`) are
-    taken as the separate pairs they are.
-
-    Args:
-        model: a PeftModel, or any module with LoRA layers (see `pairs.py`).
-        lr: AdamW's step size for the factors.
-        rest_lr: that for everything else that is trainable.
-        damping: above 0; what keeps a solve from blowing up while a factor is small (B starts at 0).
-        betas, eps, weight_decay: AdamW's, for the factors.
-        adapter_name: which adapter of the model; None for the active one.
-
-    Precision:
-        Solves are float64; moments have the dtype of the factors, as torch's AdamW: keep factors in float32
-        (PEFT's default), also over a bf16 base.
-
-    Raises:
-        PairingError: no pair, or a layer that cannot be treated.
-        SettingError: an argument out of its range.
-        SetupError: partitioned or sharded factors; a closure given to `step`.
-        NonFiniteGradientError: 20 steps in a row without a finite gradient.
-
-    Source: arXiv 2402.02347; as an option of LoRA-One, arXiv 2502.01235.
-
-    Example:
-        >>> optimizer = RiemannianAdamW(model, lr=1e-3)     # doctest: +SKIP
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        lr: float = 1e-3,
-        *,
-        rest_lr: float = 1e-3,
-        damping: float = 1e-2,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        adapter_name: str | None = None,
-    ) -> None:
-        self._demand("damping", damping, damping > 0 and math.isfinite(damping), "a number > 0")
-        self._demand("weight_decay", weight_decay, weight_decay >= 0, "a number >= 0")
-        own = {
-            "lr": lr,
-            "damping": damping,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-        }
-        pairs = find_pairs(model, adapter_name, with_experts=True)
-        super().__init__(model, pairs, own, rest_lr, adapter_name)
-
-    def _advance(self, group: dict[str, Any], on_A: Tensor, on_B: Tensor) -> None:
-        fused = all(
-            p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in group["params"]
-        )
-        adamw_step(group, self.state, list(_preconditioned(group, on_A, on_B)), fused)
+def _width(group: dict[str, Any]) -> torch.dtype:
+    """What a bucket is computed in: float32, or the wider dtype of its factors."""
+    return torch.promote_types(group["params"][0].dtype, torch.float32)
 
 
-def _preconditioned(group: dict[str, Any], on_A: Tensor, on_B: Tensor) -> Iterable[Tensor]:
-    """The preconditioned gradients of a bucket, for its parameters that have one."""
-    pairs = list(pairs_of(group["params"]))
-    count = group["experts"]
-
-    def of_experts(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """(pairs * experts, r, d_in) and (pairs * experts, d_out, r)."""
-        A = A.unflatten(1, (count, -1)).flatten(0, 1)
-        return A, B.unflatten(-1, (-1, count)).movedim(-1, 1).flatten(0, 1)
-
-    factors, grads = of_experts(*_stacked(group)), of_experts(on_A, on_B)
-    on_A, on_B = precondition(*factors, *grads, group["damping"])
-    on_A = on_A.unflatten(0, (-1, count)).flatten(1, 2)
-    on_B = on_B.unflatten(0, (-1, count)).movedim(1, -1).flatten(-2)
-    for pair, parts in zip(pairs, zip(on_A, on_B, strict=True), strict=True):
-        for p, part in zip(pair, parts, strict=True):
-            if p.grad is not None:
-                yield part.to(p.grad.dtype).reshape(p.shape)
+def stacked(group: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """A (n, r, d_in) and B (n, d_out, r) of a bucket."""
+    A, B = (torch.stack([p.flatten(1) for p in group["params"][side::2]]) for side in (0, 1))
+    return A.to(_width(group)), B.to(_width(group))
 
 
-class LoRAPro(_Pairwise):
-    """Descent on LoRA's factors whose effect on W is Adam's on the projected gradient P(W)G.
-
-    Adam's direction N is made in W space, from moments of P(W)G = U U^T G + G V V^T - U U^T G V V^T; then the
-    factors move so that W moves by -lr P(W)N to first order, and as little else as possible.
-
-    Args:
-        model: a PeftModel, or any module with LoRA layers (see `pairs.py`).
-        lr: change of the entries of W in a step, about; the same unit as Adam's in full fine-tuning.
-        rest_lr: AdamW's step size for everything else that is trainable.
-        moments: "tangent" (state of an adapter's size: the first moment stays in the tangent space, the
-            second is kept by row and column means) or "full" (the paper's: two matrices of W's size per layer).
-        betas: Adam's. eps: Adam's, for moments="full".
-        ridge: what is added to B^T B and A A^T, 0 or more; the authors' 1e-8.
-        adapter_name: which adapter of the model; None for the active one.
-
-    Precision:
-        Moments are float32 (float64 for float64 pairs), what is computed from them float64. The factors
-        are rounded to their dtype in every step: keep them in float32 (PEFT's default).
-
-    Raises:
-        As `RiemannianAdamW`.
-
-    Source: arXiv 2407.18242, theorem 2.1 and algorithm 1; "tangent" is ours.
-
-    Example:
-        >>> optimizer = LoRAPro(model)                      # doctest: +SKIP
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        lr: float = 1e-4,
-        *,
-        rest_lr: float = 1e-3,
-        moments: str = "tangent",
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        ridge: float = lora_pro.RIDGE,
-        adapter_name: str | None = None,
-    ) -> None:
-        self._demand("ridge", ridge, ridge >= 0 and math.isfinite(ridge), "a number >= 0")
-        forms = ("tangent", "full")
-        self._demand("moments", moments, moments in forms, f"one of {forms}")
-        own = {
-            "lr": lr,
-            "moments": moments,
-            "betas": betas,
-            "eps": eps,
-            "ridge": ridge,
-            "steps": 0,
-        }
-        super().__init__(model, find_pairs(model, adapter_name), own, rest_lr, adapter_name)
-
-    def _advance(self, group: dict[str, Any], on_A: Tensor, on_B: Tensor) -> None:
-        pairs = list(pairs_of(group["params"]))
-        A, B = _stacked(group)
-        scale = scales_of(group, A)
-        s = scale.view(-1, 1, 1)
-        seen = lora_pro.Parts(on_A / s, on_B / s)
-        at = lora_pro.metric(A, B, group["ridge"])
-        state = self.state[group["params"][0]]
-        live = _live(pairs)
-        group["steps"] += 1
-        step = self._full if group["moments"] == "full" else self._tangent
-        parts, mean = step(group, state, A, B, seen, at, live)
-        g_A, g_B = lora_pro.factor_gradients(A, B, parts, scale, at)
-        new_A, new_B = A - group["lr"] * g_A, B - group["lr"] * g_B
-        for i, pair in enumerate(pairs):
-            if live[i]:
-                for p, new in zip(pair, (new_A[i], new_B[i]), strict=True):
-                    p.copy_(new.reshape(p.shape))
-        if mean is not None:
-            written = _stacked(group)  # as rounded to the dtype of the factors
-            state["on_A"], state["on_B"] = lora_pro.carried(A, B, mean, *written, at)
-
-    @staticmethod
-    def _tangent(
-        group: dict[str, Any],
-        state: dict[str, Any],
-        A: Tensor,
-        B: Tensor,
-        seen: lora_pro.Parts,
-        at: lora_pro.Metric,
-        live: list[bool],
-    ) -> tuple[lora_pro.Parts, lora_pro.Parts]:
-        """N by its parts, and the first moment."""
-        now = lora_pro.mean_squares(A, B, seen, at)
-        if not state:
-            state.update(zip(("on_A", "on_B"), map(torch.zeros_like, seen), strict=True))
-            state.update(zip(("rows", "columns"), map(torch.zeros_like, now), strict=True))
-        first, second = group["betas"]
-        for key, part in zip(("on_A", "on_B"), seen, strict=True):
-            _move_average(state[key], part, first, live)
-        for key, part in zip(("rows", "columns"), now, strict=True):
-            _move_average(state[key], part, second, live)
-        mean = lora_pro.Parts(state["on_A"], state["on_B"])
-        unbiased = 1 - second ** group["steps"]
-        squares = lora_pro.Squares(state["rows"] / unbiased, state["columns"] / unbiased)
-        N = lora_pro.normalised(A, B, mean, squares, at)
-        share = 1 / (1 - first ** group["steps"])
-        return lora_pro.Parts(share * N.on_A, share * N.on_B), mean
-
-    @staticmethod
-    def _full(
-        group: dict[str, Any],
-        state: dict[str, Any],
-        A: Tensor,
-        B: Tensor,
-        seen: lora_pro.Parts,
-        at: lora_pro.Metric,
-        live: list[bool],
-    ) -> tuple[lora_pro.Parts, None]:
-        """N by its parts."""
-        G = lora_pro.dense(A, B, seen, at)
-        if not state:
-            state.update(exp_avg=torch.zeros_like(G), exp_avg_sq=torch.zeros_like(G))
-        N = _adam(state, G, group, live)
-        return lora_pro.parts_of(N, A, B), None
-
-
-def _adam(state: dict[str, Any], grad: Tensor, group: dict[str, Any], live: list[bool]) -> Tensor:
+def adam(state: dict[str, Any], grad: Tensor, group: dict[str, Any], live: list[bool]) -> Tensor:
     """Adam's direction from `exp_avg` and `exp_avg_sq`, which move where there is a gradient."""
     first, second = group["betas"]
-    _move_average(state["exp_avg"], grad, first, live)
-    _move_average(state["exp_avg_sq"], grad.square(), second, live)
+    move_average(state["exp_avg"], grad, first, live)
+    move_average(state["exp_avg_sq"], grad.square(), second, live)
     root = (state["exp_avg_sq"] / (1 - second ** group["steps"])).sqrt_().add_(group["eps"])
     return state["exp_avg"] / (1 - first ** group["steps"]) / root
 
 
-def _move_average(average: Tensor, now: Tensor, beta: float, live: list[bool]) -> None:
+def move_average(average: Tensor, now: Tensor, beta: float, live: list[bool]) -> None:
     """average <- beta average + (1 - beta) now, in place, for the pairs that have a gradient."""
     if all(live):
         average.lerp_(now, 1 - beta)
@@ -341,183 +144,6 @@ def _move_average(average: Tensor, now: Tensor, beta: float, live: list[bool]) -
             mine.lerp_(theirs, 1 - beta)
 
 
-def _live(pairs: list[tuple[Tensor, Tensor]]) -> list[bool]:
+def live_pairs(pairs: list[tuple[Tensor, Tensor]]) -> list[bool]:
+    """Which pairs have a gradient."""
     return [any(p.grad is not None for p in pair) for pair in pairs]
-
-
-class LoRASB(_Pairwise):
-    """LoRA-SB: Adam on the r x r cores R of W = U R V^T; the bases stay those of the start.
-
-    A = V^T is never written, B is kept at U R / s. Call `initialize_lora_sb` first.
-
-    Args:
-        model: a PeftModel after `initialize_lora_sb`.
-        lr: Adam's step size for the entries of R, in units of W.
-        rest_lr: AdamW's step size for everything else that is trainable.
-        betas, eps: Adam's.
-        adapter_name: which adapter of the model; None for the active one.
-
-    Raises:
-        As `RiemannianAdamW`; SetupError also in the first step where B is zero or the rows of A are not orthonormal.
-
-    Source: arXiv 2411.19557.
-
-    Example:
-        >>> geolora.initialize_lora_sb(model, batches)      # doctest: +SKIP
-        >>> optimizer = LoRASB(model)                       # doctest: +SKIP
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        lr: float = 1e-3,
-        *,
-        rest_lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        adapter_name: str | None = None,
-    ) -> None:
-        own = {"lr": lr, "betas": betas, "eps": eps, "steps": 0}
-        super().__init__(model, find_pairs(model, adapter_name), own, rest_lr, adapter_name)
-
-    def _advance(self, group: dict[str, Any], on_A: Tensor, on_B: Tensor) -> None:  # noqa: ARG002
-        pairs = list(pairs_of(group["params"]))
-        state, (A, B) = self.state[group["params"][0]], _stacked(group)
-        scale = scales_of(group, A)
-        s = scale.view(-1, 1, 1)
-        self._read(state, pairs, B, s)
-        live = [b.grad is not None and bool(b.any()) for _, b in pairs]
-        grad = lora_sb.core_gradient(state["U"], on_B, scale)
-        group["steps"] += 1
-        move = group["lr"] * _adam(state, grad, group, live)
-        if group["lr"] == 0:
-            return
-        for i, (_, b) in enumerate(pairs):
-            if live[i]:
-                state["R"][i] -= move[i]
-                b.copy_((state["U"][i] @ state["R"][i] / s[i]).reshape(b.shape))
-
-    @staticmethod
-    def _read(
-        state: dict[str, Any], pairs: list[tuple[Tensor, Tensor]], B: Tensor, s: Tensor
-    ) -> None:
-        """U and R of B = U R / s, where B is not what was written (a start, a reload); moments anew there."""
-        if not state:
-            for key, shape in (("U", B.shape), ("R", (len(B), *B.shape[-1:] * 2))):
-                state[key] = B.new_zeros(shape)
-            state.update(
-                exp_avg=torch.zeros_like(state["R"]), exp_avg_sq=torch.zeros_like(state["R"])
-            )
-        close = 100 * torch.finfo(pairs[0][1].dtype).eps
-        apart = torch.linalg.matrix_norm(s * B - state["U"] @ state["R"])
-        for i in (apart > close * torch.linalg.matrix_norm(s * B)).nonzero().flatten().tolist():
-            U, values, Vt = torch.linalg.svd(s[i] * B[i], full_matrices=False)
-            state["U"][i], state["R"][i] = U, values.unsqueeze(-1) * Vt
-            state["exp_avg"][i], state["exp_avg_sq"][i] = 0, 0
-
-    def _refuse(self, group: dict[str, Any]) -> None:
-        if group["steps"]:
-            return
-        pairs = zip(group["layers"], *_stacked(group), strict=True)
-        for name, rows, columns in pairs:
-            gram = rows @ rows.mT - torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
-            if columns.any() and gram.abs().max() > 0.05:  # bf16 rows are within 0.01
-                raise SetupError(
-                    f"LoRASB: the rows of A of `{name}` must be orthonormal; they are not. Call "
-                    "geolora.initialize_lora_sb(model, batches) first."
-                )
-        own = [p for g in self.param_groups if g["kind"] == "pairs" for p in g["params"][1::2]]
-        if not any(bool(b.any()) for b in own):
-            raise SetupError(
-                "LoRASB: the pairs must have bases; B is zero in all of them. Call "
-                "geolora.initialize_lora_sb(model, batches) first."
-            )
-
-
-class RACLoRA(_Pairwise):
-    """RAC-LoRA: train the columns of B block after block, against random rows of A that stay as they are.
-
-    Over the usual start (B = 0, A random). Block t trains its slots from zero, with AdamW started anew; those
-    of earlier blocks are frozen, and their sum is an ordinary adapter: `geolora.export(rank=)` cuts it.
-
-    Args:
-        model: a PeftModel, or any module with LoRA layers (see `pairs.py`); r slots are split over the blocks.
-        steps_per_block: optimizer steps a block is trained for; the last goes on for ever. 1 or more.
-        blocks: length of the chain, 1 to r.
-        lr: AdamW's step size for the columns of B.
-        rest_lr: that for everything else that is trainable.
-        betas, eps: AdamW's.
-        adapter_name: which adapter of the model; None for the active one.
-
-    Raises:
-        As `RiemannianAdamW`; SetupError also in the first step where B is not zero.
-
-    Source: arXiv 2410.08305.
-
-    Example:
-        >>> optimizer = RACLoRA(model, steps_per_block=500) # doctest: +SKIP
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        steps_per_block: int,
-        blocks: int = 4,
-        lr: float = 1e-3,
-        *,
-        rest_lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        adapter_name: str | None = None,
-    ) -> None:
-        pairs = find_pairs(model, adapter_name)
-        most = min(pair.r for pair in pairs)
-        self._demand("steps_per_block", steps_per_block, steps_per_block >= 1, "1 or more")
-        self._demand("blocks", blocks, 1 <= blocks <= most, f"from 1 to the rank, {most}")
-        own = {
-            **SETTINGS,
-            "kind": "pairs",
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "steps": 0,
-            "steps_per_block": steps_per_block,
-            "blocks": blocks,
-        }
-        super().__init__(model, pairs, own, rest_lr, adapter_name)
-
-    def _advance(self, group: dict[str, Any], on_A: Tensor, on_B: Tensor) -> None:  # noqa: ARG002
-        count, blocks = group["steps_per_block"], group["blocks"]
-        block = rac_lora.block_of(group["steps"], count, blocks)
-        if group["steps"] and block != rac_lora.block_of(group["steps"] - 1, count, blocks):
-            for p in group["params"]:
-                self.state.pop(p, None)
-        group["steps"] += 1
-        first, last = rac_lora.slots_of(block, blocks, on_B.shape[-1])
-        masked = torch.zeros_like(on_B)
-        masked[..., first:last] = on_B[..., first:last]
-        trained = group["params"][1::2]
-        grads = [
-            part.to(B.grad.dtype).reshape(B.shape)
-            for B, part in zip(trained, masked, strict=True)
-            if B.grad is not None
-        ]
-        adamw_step({**group, "params": trained}, self.state, grads)
-
-    def _refuse(self, group: dict[str, Any]) -> None:
-        for name, (_, B) in zip(group["layers"], pairs_of(group["params"]), strict=True):
-            if not group["steps"] and B.any():
-                raise SetupError(
-                    f"RACLoRA: a chain starts from B = 0; that of `{name}` is not. Use LoRA's usual start."
-                )
-
-
-def _width(group: dict[str, Any]) -> torch.dtype:
-    """What a bucket is computed in: float32, or the wider dtype of its factors."""
-    return torch.promote_types(group["params"][0].dtype, torch.float32)
-
-
-def _stacked(group: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """A (n, r, d_in) and B (n, d_out, r) of a bucket."""
-    A, B = (torch.stack([p.flatten(1) for p in group["params"][side::2]]) for side in (0, 1))
-    return A.to(_width(group)), B.to(_width(group))

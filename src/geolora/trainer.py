@@ -15,7 +15,7 @@ from torch import nn
 
 from geolora.errors import PairingError, SettingError
 from geolora.optim import GeoLoRA
-from geolora.pairwise import LoRAPro, LoRASB, RACLoRA, RiemannianAdamW
+from geolora.relatives import LoRAPro, LoRASB, RACLoRA, RiemannianAdamW
 
 
 class _Factory:
