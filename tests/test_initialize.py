@@ -1,6 +1,7 @@
 """Starts from the gradient: what is seen equals the dense gradient, and nothing else is changed."""
 
 import copy
+import math
 import os
 import subprocess
 import sys
@@ -158,11 +159,11 @@ def test_the_same_start_every_time_and_out_of_a_file(tmp_path: Path) -> None:
     model, twin, third = (lora_net(r=3) for _ in range(3))
     for other in (twin, third):
         other.load_state_dict(model.state_dict())
-    geolora.initialize_lora_one(model, batches(), loss_of)
+    start = geolora.initialize_lora_one(model, batches(), loss_of)
     state = geolora.get_lora_one_state(twin, batches(), loss_of)
     save_file(state, tmp_path / "start.safetensors")
-    geolora.initialize_lora_one(twin, state=state)
-    geolora.initialize_lora_one(third, state=tmp_path / "start.safetensors")
+    geolora.initialize_lora_one(twin, state=state, norm=start.norm)
+    geolora.initialize_lora_one(third, batches(), loss_of, state=tmp_path / "start.safetensors")
     assert same(snapshot(model), snapshot(twin))
     assert same(snapshot(model), snapshot(third))
 
@@ -219,7 +220,7 @@ def test_convolutions_conv1d_and_layers_narrower_than_the_sketch() -> None:
     for name, G in gradients.items():
         G = G.mT if name == "turned" else G.flatten(1)
         assert difference(of_state(state, name), best(G, 2)) < 1e-5
-    geolora.initialize_lora_one(model, state=state)
+    geolora.initialize_lora_one(model, state=state, norm=0.05)
     for name, W in {
         p.name: p.scale * p.B.flatten(1) @ p.A.flatten(1) for p in find_pairs(model)
     }.items():
@@ -247,7 +248,7 @@ def test_multi_head_attention() -> None:
         return (model(x) - 1).square().mean()
 
     before = loss_fn(model, x).item()
-    start = geolora.initialize_lora_one(model, [x], loss_fn, check_descent=True)
+    start = geolora.initialize_lora_one(model, [x], loss_fn)
     assert start.untouched == []
     assert loss_fn(model, x).item() < before
 
@@ -316,25 +317,55 @@ def lora_net_like(model: PeftModel) -> PeftModel:
     return other
 
 
-def test_descent_is_checked_and_the_norm_halved_until_it_holds() -> None:
-    model = lora_net(r=3)
-    start = geolora.initialize_lora_one(model, batches(), loss_of, norm=64.0, check_descent=True)
-    assert start.norm in [64.0 / 2**n for n in range(1, 9)]
-    assert start.loss_before is not None
-    assert start.loss_after is not None
-    assert start.loss_after < start.loss_before
-    W = products(model)["first"]
-    assert torch.linalg.matrix_norm(W.detach(), 2) == pytest.approx(start.norm)
+def curved(weight: float) -> Loss:
+    """`loss_of` + weight ||W||^2: the same gradient at W = 0, but a step is sooner too far."""
+
+    def loss_fn(model: nn.Module, given: tuple[Tensor, Tensor]) -> Tensor:
+        squares = torch.stack([W.square().sum() for W in products(model).values()])
+        return loss_of(model, given) + weight * squares.sum()
+
+    return loss_fn
 
 
-def test_a_norm_that_is_much_too_large_is_halved_and_what_fails_is_undone() -> None:
-    def explodes(model: nn.Module, given: tuple[Tensor, Tensor]) -> Tensor:
-        big = max(float(W.norm()) for W in products(model).values())
-        return loss_of(model, given) + (torch.inf if big > 0.02 else 0.0)
+@pytest.mark.parametrize("initialize", [geolora.initialize_lora_one, geolora.initialize_lora_sb])
+@pytest.mark.parametrize(("weight", "larger"), [(0.0, True), (30.0, False)])
+def test_the_norm_is_the_one_with_the_lowest_loss_among_powers_of_two(
+    initialize: Callable[..., Any], weight: float, larger: bool
+) -> None:
+    loss_fn = curved(weight)
 
-    model = lora_net(r=3)
-    start = geolora.initialize_lora_one(model, batches(), explodes, norm=0.05, check_descent=True)
-    assert start.norm < 0.02
+    def mean(model: nn.Module) -> float:
+        return sum(float(loss_fn(model, given).detach()) for given in batches()) / 3
+
+    fresh = lora_net(r=3)
+    before = mean(fresh)
+    state = geolora.get_lora_one_state(fresh, batches(), loss_fn)
+    losses = {}
+    for norm in (0.05 * 2.0**power for power in range(-8, 9)):
+        model = copy.deepcopy(fresh)
+        initialize(model, state=state, norm=norm)
+        losses[norm] = mean(model)
+    start = initialize(fresh, batches(), loss_fn)
+    best = min(losses, key=lambda norm: losses[norm])
+    assert start.norm == pytest.approx(best)
+    assert (start.norm > 0.05) == larger
+    assert start.loss_before == pytest.approx(before)
+    assert start.loss_after == pytest.approx(losses[best])
+    assert mean(fresh) == pytest.approx(losses[best])
+    assert losses[best] < before
+
+
+def test_a_norm_that_breaks_the_loss_is_not_taken_and_what_fails_is_undone() -> None:
+    for bad in (torch.inf, torch.nan):
+
+        def explodes(model: nn.Module, given: tuple[Tensor, Tensor], bad: float = bad) -> Tensor:
+            big = max(float(W.norm()) for W in products(model).values())
+            return loss_of(model, given) + (bad if big > 0.02 else 0.0)
+
+        start = geolora.initialize_lora_one(lora_net(r=3), batches(), explodes)
+        assert start.norm < 0.02
+        assert start.loss_after is not None
+        assert math.isfinite(start.loss_after)
     model = lora_net(r=3)
     before = snapshot(model)
 
@@ -343,9 +374,10 @@ def test_a_norm_that_is_much_too_large_is_halved_and_what_fails_is_undone() -> N
             raise RuntimeError("out of memory")
         return loss_of(model, given)
 
-    with pytest.raises(RuntimeError, match="out of memory"):
-        geolora.initialize_lora_one(model, batches(), breaks, check_descent=True)
-    assert same(before, snapshot(model))
+    for initialize in (geolora.initialize_lora_one, geolora.initialize_lora_sb):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            initialize(model, batches(), breaks)
+        assert same(before, snapshot(model))
 
 
 def test_running_statistics_are_put_back() -> None:
@@ -353,9 +385,7 @@ def test_running_statistics_are_put_back() -> None:
     model = get_peft_model(base, LoraConfig(r=2, target_modules=["0", "3"])).train()
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     x = torch.randn(8, 2, 5, 5)
-    geolora.initialize_lora_one(
-        model, [x], lambda m, x: (m(x) - 1).square().mean(), check_descent=True
-    )
+    geolora.initialize_lora_one(model, [x], lambda m, x: (m(x) - 1).square().mean())
     assert len(before) == 3
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
 
@@ -378,12 +408,12 @@ def test_where_no_norm_descends_the_last_one_is_what_is_told() -> None:
         return loss_of(model, given) + 1e3 * sum(float(W.norm()) for W in products(model).values())
 
     model = lora_net(r=3)
-    start = geolora.initialize_lora_one(model, batches(), climbs, norm=1.0, check_descent=True)
-    assert start.norm == 1 / 256
+    start = geolora.initialize_lora_one(model, batches(), climbs)
+    assert start.norm == 0.05 / 256
     assert start.loss_after == pytest.approx(
         sum(float(climbs(model, given).detach()) for given in batches()) / 3
     )
-    assert torch.linalg.matrix_norm(products(model)["first"], 2) == pytest.approx(1 / 256)
+    assert torch.linalg.matrix_norm(products(model)["first"], 2) == pytest.approx(0.05 / 256)
 
 
 class Apart(nn.Module):
@@ -506,7 +536,7 @@ def bad(**change: Any) -> Callable[[PeftModel], Any]:
     [
         (bad(batches=[]), DataError, "`batches` must hold at least one"),
         (bad(batches=None), SettingError, "`batches` must be given"),
-        (bad(batches=None, state={}, check_descent=True), SettingError, "`batches` must be given"),
+        (bad(batches=None, state={}), SettingError, "`batches` must be given, or a `norm`"),
         (bad(loss_fn=None), DataError, "must hold mappings"),
         (bad(loss_fn=None, batches=[{"x": batches()[0][0]}]), DataError, "scalar loss"),
         (bad(loss_fn=lambda model, batch: model(batch[0])), DataError, "scalar loss"),
@@ -586,7 +616,7 @@ def test_a_wrapped_model_is_refused(tmp_path: Path) -> None:
 def test_a_state_of_another_rank_is_refused() -> None:
     state = geolora.get_lora_one_state(lora_net(r=3), batches(), loss_of)
     with pytest.raises(StateError, match="of this model and rank"):
-        geolora.initialize_lora_one(lora_net(r=4), state=state)
+        geolora.initialize_lora_one(lora_net(r=4), state=state, norm=0.05)
 
 
 TWO = """

@@ -7,7 +7,7 @@ How it is seen: `gradient_pass.py`. What is then written into the pairs: one fil
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,9 +32,9 @@ from geolora.pairs import (
     refuse_unused,
 )
 
-NORM = 0.05
+FIRST_NORM, FACTORS = 0.05, 8
+"""Where the search for a norm begins, and how many factors of two it goes up or down at most."""
 PASSES, TOLERANCE = 6, 0.1
-HALVINGS = 8
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class GradientStart:
         norm: ||W||_2 of every layer it started, in units of W.
         missing: {layer: estimated share, of the energy of the gradient's best rank-r part, not seen}.
         untouched: layers the loss does not depend on; they keep the start they had.
-        loss_before, loss_after: means over the batches, where `check_descent` asked for them.
+        loss_before, loss_after: means over the batches, where the norm was searched for.
     """
 
     norm: float
@@ -61,10 +61,9 @@ def initialize_lora_one(
     loss_fn: Loss | None = None,
     adapter_name: str | None = None,
     *,
-    norm: float = NORM,
+    norm: float | None = None,
     budget: int | None = None,
     state: dict[str, Tensor] | str | Path | None = None,
-    check_descent: bool = False,
     width: int | None = None,
     passes: int = PASSES,
     tolerance: float = TOLERANCE,
@@ -79,15 +78,17 @@ def initialize_lora_one(
     Args:
         model: a PeftModel with LoRA pairs whose B is zero.
         batches: what the gradient is a mean over: mappings for model(**batch).loss, or what loss_fn
-            takes; moved to the model's device. Not needed with `state`.
+            takes; moved to the model's device. Not needed with `state` and `norm`.
         loss_fn: (model, batch) -> scalar loss.
         adapter_name: which adapter; None for the active one.
-        norm: ||W||_2 after the start, whatever LoRA's scale is; above 0.
+        norm: ||W||_2 of every layer after the start, whatever LoRA's scale is; above 0. None for the one at
+            which the loss of the batches is lowest: 0.05, and from there by factors of two, up or down,
+            for as long as it falls (about five forward passes over the batches). It differs
+            between models by more than a factor of ten.
         budget: adapter parameters to start with, sum of rank * (d_in + d_out): directions are shared out
             over all layers by how fast the loss falls along them, per parameter. Slots that are left over
             are zero on both sides: `GeoLoRA` may fill them where its rank grows, AdamW never does.
         state: what `get_lora_one_state` returned, or a safetensors file of it, instead of the passes.
-        check_descent: halve `norm`, at most eight times, until the loss of the batches has fallen.
         width, passes, tolerance, fresh_batches: as in `get_lora_one_state`.
 
     Raises:
@@ -99,40 +100,19 @@ def initialize_lora_one(
         GradientError: a loss or gradient that is not finite; no gradient in any layer.
         StateError: a state of another model. AdapterError: a file that cannot be read.
     """
-    if not (norm > 0 and math.isfinite(norm)):
-        raise SettingError(f"initialize_lora_one: `norm` must be above 0; got {norm}.")
-    if batches is None and check_descent:
-        raise SettingError("initialize_lora_one: `batches` must be given with `check_descent`.")
+    _check_norm("initialize_lora_one", norm, batches)
     pairs = _fresh_pairs(model, adapter_of(model, adapter_name))
     check_budget(pairs, budget)
-    if batches is not None and not fresh_batches:
-        batches = list(batches)
+    batches = batches if batches is None or fresh_batches else list(batches)
     looking = _Looking(width, passes, tolerance, fresh_batches)
     found, unseen = _find(model, pairs, batches, loss_fn, adapter_name, state, looking)
     ranks = _ranks(pairs, found, budget)
 
-    def loss() -> float:
-        return mean_loss(model, batches or [], loss_fn)
-
-    before = loss() if check_descent else None
-    kept = [(pair.A.detach().clone(), pair.B.detach().clone()) for pair in pairs]
-    try:
+    def write(norm: float) -> None:
         _write(pairs, found, norm, ranks)
-        after = loss() if before is not None else None
-        for _ in range(HALVINGS):
-            if before is None or after is None or after < before:
-                break
-            norm /= 2
-            _write(pairs, found, norm, ranks)
-            after = loss()
-    except BaseException:
-        with torch.no_grad():
-            for pair, (A, B) in zip(pairs, kept, strict=True):
-                pair.A.copy_(A)
-                pair.B.copy_(B)
-        raise
-    untouched = _untouched(pairs, found)
-    return GradientStart(norm, unseen, untouched, before, after)
+
+    sized = _sized(model, pairs, batches, loss_fn, norm, write)
+    return GradientStart(sized.norm, unseen, _untouched(pairs, found), *sized.losses)
 
 
 def initialize_lora_ga(
@@ -193,7 +173,7 @@ def initialize_lora_sb(
     loss_fn: Loss | None = None,
     adapter_name: str | None = None,
     *,
-    norm: float = NORM,
+    norm: float | None = None,
     state: dict[str, Tensor] | str | Path | None = None,
     width: int | None = None,
     passes: int = PASSES,
@@ -212,20 +192,23 @@ def initialize_lora_sb(
     Raises:
         As `initialize_lora_one`.
     """
-    if not (norm > 0 and math.isfinite(norm)):
-        raise SettingError(f"initialize_lora_sb: `norm` must be above 0; got {norm}.")
+    _check_norm("initialize_lora_sb", norm, batches)
     pairs = _fresh_pairs(model, adapter_of(model, adapter_name))
+    batches = batches if batches is None or fresh_batches else list(batches)
     looking = _Looking(width, passes, tolerance, fresh_batches)
     found, unseen = _find(model, pairs, batches, loss_fn, adapter_name, state, looking)
     untouched = _untouched(pairs, found)
-    with torch.no_grad():
+
+    def write(norm: float) -> None:
         for pair in pairs:
             if pair.name not in untouched:
                 point = lora_one.start(*found[pair.name], norm)
                 A, B = lora_sb.start(*point, pair.scale)
                 pair.A.copy_(A.reshape(pair.A.shape))
                 pair.B.copy_(B.reshape(pair.B.shape))
-    return GradientStart(norm, unseen, untouched)
+
+    sized = _sized(model, pairs, batches, loss_fn, norm, write)
+    return GradientStart(sized.norm, unseen, untouched, *sized.losses)
 
 
 def keep_second_half(model: nn.Module, adapter_name: str | None = None) -> None:
@@ -336,6 +319,72 @@ def _find(
             raise SettingError("`batches` must be given, or a `state`.")
         state = get_lora_one_state(model, batches, loss_fn, adapter_name, **looking._asdict())
     return _of_state(state, pairs)
+
+
+# ---- the size of a start -----------------------------------------------------------------------
+
+
+class _Sized(NamedTuple):
+    """||W||_2 of a start that is written, and the losses before and after it where it was searched for."""
+
+    norm: float
+    losses: tuple[float, float] | tuple[()]
+
+
+def _check_norm(function: str, norm: float | None, batches: Iterable[Any] | None) -> None:
+    """Refuse a norm that is none, and a search without batches."""
+    if norm is not None and not (norm > 0 and math.isfinite(norm)):
+        raise SettingError(f"{function}: `norm` must be above 0; got {norm}.")
+    if norm is None and batches is None:
+        raise SettingError(f"{function}: `batches` must be given, or a `norm` with a `state`.")
+
+
+@torch.no_grad()
+def _sized(
+    model: nn.Module,
+    pairs: list[Pair],
+    batches: Iterable[Any] | None,
+    loss_fn: Loss | None,
+    norm: float | None,
+    write: Callable[[float], None],
+) -> _Sized:
+    """Write the start with the norm that is given or, without one, that is found best; a failure is undone."""
+    kept = [(pair.A.detach().clone(), pair.B.detach().clone()) for pair in pairs]
+    try:
+        if norm is not None:
+            write(norm)
+            return _Sized(norm, ())
+        return _searched(model, list(batches or ()), loss_fn, write)
+    except BaseException:
+        for pair, (A, B) in zip(pairs, kept, strict=True):
+            pair.A.copy_(A)
+            pair.B.copy_(B)
+        raise
+
+
+def _searched(
+    model: nn.Module, batches: list[Any], loss_fn: Loss | None, write: Callable[[float], None]
+) -> _Sized:
+    """Go from FIRST_NORM by factors of two for as long as the loss falls, and write the lowest."""
+
+    def loss_at(norm: float) -> float:
+        write(norm)
+        return mean_loss(model, batches, loss_fn)
+
+    before = mean_loss(model, batches, loss_fn)
+    norm, lowest = FIRST_NORM, loss_at(FIRST_NORM)
+    for _ in range(FACTORS):
+        if not (loss := loss_at(2 * norm)) < lowest:
+            break
+        norm, lowest = 2 * norm, loss
+    if norm == FIRST_NORM:
+        for _ in range(FACTORS):
+            loss = loss_at(norm / 2)
+            if math.isfinite(lowest) and not loss < lowest:
+                break
+            norm, lowest = norm / 2, loss
+    write(norm)
+    return _Sized(norm, (before, lowest))
 
 
 # ---- reading and writing -----------------------------------------------------------------------

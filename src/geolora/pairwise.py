@@ -125,13 +125,38 @@ def stacked(group: dict[str, Any]) -> tuple[Tensor, Tensor]:
     return A.to(_width(group)), B.to(_width(group))
 
 
-def adam(state: dict[str, Any], grad: Tensor, group: dict[str, Any], live: list[bool]) -> Tensor:
-    """Adam's direction from `exp_avg` and `exp_avg_sq`, which move where there is a gradient."""
+def adam(
+    state: dict[str, Any],
+    grad: Tensor,
+    group: dict[str, Any],
+    live: list[bool],
+    keys: tuple[str, str] = ("exp_avg", "exp_avg_sq"),
+) -> Tensor:
+    """Adam's direction from the two moments, which move where there is a gradient; zeros at first.
+
+    Args:
+        state: holds the moments, like grad, and `count` (n,) as `counted` left it.
+        grad: (n, ...). live: which pairs have a gradient. keys: names of the moments.
+    """
+    mean, square = (state.setdefault(key, torch.zeros_like(grad)) for key in keys)
     first, second = group["betas"]
-    move_average(state["exp_avg"], grad, first, live)
-    move_average(state["exp_avg_sq"], grad.square(), second, live)
-    root = (state["exp_avg_sq"] / (1 - second ** group["steps"])).sqrt_().add_(group["eps"])
-    return state["exp_avg"] / (1 - first ** group["steps"]) / root
+    move_average(mean, grad, first, live)
+    move_average(square, grad.square(), second, live)
+    bias = unbiased(state, second, grad).sqrt_()
+    root = torch.sqrt(square).div_(bias).add_(group["eps"])
+    return torch.div(mean, root, out=root).div_(unbiased(state, first, grad))
+
+
+def counted(state: dict[str, Any], live: list[bool], like: Tensor) -> None:
+    """Count a step for the pairs that have a gradient: `count` (n,)."""
+    count = state.setdefault("count", like.new_zeros(len(live)))
+    count += 1 if all(live) else like.new_tensor(live)
+
+
+def unbiased(state: dict[str, Any], beta: float, like: Tensor) -> Tensor:
+    """1 - beta^count of every pair, to divide like (n, ...) by; 1 before its first gradient."""
+    share = (1 - beta ** state["count"]).to(like)
+    return torch.where(share > 0, share, 1.0).view(-1, *[1] * (like.dim() - 1))
 
 
 def move_average(average: Tensor, now: Tensor, beta: float, live: list[bool]) -> None:
@@ -142,6 +167,17 @@ def move_average(average: Tensor, now: Tensor, beta: float, live: list[bool]) ->
     for mine, theirs, moves in zip(average, now, live, strict=True):
         if moves:
             mine.lerp_(theirs, 1 - beta)
+
+
+def write_back(params: list[Tensor], values: Tensor, live: list[bool]) -> None:
+    """Write values (n, ...) into the parameters that have a gradient, in their dtype and shape."""
+    kept = [
+        (p, value.view(p.shape))
+        for p, value, moves in zip(params, values, live, strict=True)
+        if moves
+    ]
+    targets, sources = ([both[side] for both in kept] for side in (0, 1))
+    torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def live_pairs(pairs: list[tuple[Tensor, Tensor]]) -> list[bool]:

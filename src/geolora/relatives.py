@@ -1,7 +1,6 @@
 """GeoLoRA's relatives as optimizers: `RiemannianAdamW`, `LoRAPro`, `LoRASB`, `RACLoRA`; the mathematics is in `methods/`."""
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,7 +11,16 @@ from geolora.errors import SetupError
 from geolora.methods import lora_pro, lora_sb, rac_lora
 from geolora.methods.riemannian import precondition
 from geolora.pairs import find_pairs
-from geolora.pairwise import Pairwise, adam, live_pairs, move_average, stacked
+from geolora.pairwise import (
+    Pairwise,
+    adam,
+    counted,
+    live_pairs,
+    move_average,
+    stacked,
+    unbiased,
+    write_back,
+)
 from geolora.rest import SETTINGS, adamw_step
 
 
@@ -32,8 +40,8 @@ class RiemannianAdamW(Pairwise):
         adapter_name: which adapter of the model; None for the active one.
 
     Precision:
-        Solves are float64; moments have the dtype of the factors, as torch's AdamW: keep factors in float32
-        (PEFT's default), also over a bf16 base.
+        Solves are float64, moments float32 or wider. The factors are rounded to their dtype in every step: keep
+        them in float32 (PEFT's default), also over a bf16 base.
 
     Raises:
         PairingError: no pair, or a layer that cannot be treated.
@@ -72,30 +80,31 @@ class RiemannianAdamW(Pairwise):
         super().__init__(model, pairs, own, rest_lr, adapter_name)
 
     def _advance(self, group: dict[str, Any], on_A: Tensor, on_B: Tensor) -> None:
-        fused = all(
-            p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in group["params"]
-        )
-        adamw_step(group, self.state, list(_preconditioned(group, on_A, on_B)), fused)
+        state, factors = self.state[group["params"][0]], stacked(group)
+        live = live_pairs(list(pairs_of(group["params"])))
+        counted(state, live, on_A)
+        lr = group["lr"]
+        for side, grad in enumerate(_preconditioned(group, *factors, on_A, on_B)):
+            name = "AB"[side]
+            move = adam(state, grad, group, live, (f"exp_avg_{name}", f"exp_avg_sq_{name}"))
+            values = factors[side].mul_(1 - lr * group["weight_decay"]).sub_(move, alpha=lr)
+            write_back(group["params"][side::2], values, live)
 
 
-def _preconditioned(group: dict[str, Any], on_A: Tensor, on_B: Tensor) -> Iterable[Tensor]:
-    """The preconditioned gradients of a bucket, for its parameters that have one."""
-    pairs = list(pairs_of(group["params"]))
+def _preconditioned(
+    group: dict[str, Any], A: Tensor, B: Tensor, on_A: Tensor, on_B: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The preconditioned gradients of a bucket, like on_A (n, r, d_in) and on_B (n, d_out, r)."""
     count = group["experts"]
 
     def of_experts(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """(pairs * experts, r, d_in) and (pairs * experts, d_out, r)."""
+        """(n * experts, r, d_in) and (n * experts, d_out, r)."""
         A = A.unflatten(1, (count, -1)).flatten(0, 1)
         return A, B.unflatten(-1, (-1, count)).movedim(-1, 1).flatten(0, 1)
 
-    factors, grads = of_experts(*stacked(group)), of_experts(on_A, on_B)
-    on_A, on_B = precondition(*factors, *grads, group["damping"])
+    on_A, on_B = precondition(*of_experts(A, B), *of_experts(on_A, on_B), group["damping"])
     on_A = on_A.unflatten(0, (-1, count)).flatten(1, 2)
-    on_B = on_B.unflatten(0, (-1, count)).movedim(1, -1).flatten(-2)
-    for pair, parts in zip(pairs, zip(on_A, on_B, strict=True), strict=True):
-        for p, part in zip(pair, parts, strict=True):
-            if p.grad is not None:
-                yield part.to(p.grad.dtype).reshape(p.shape)
+    return on_A, on_B.unflatten(0, (-1, count)).movedim(1, -1).flatten(-2)
 
 
 class LoRAPro(Pairwise):
@@ -148,7 +157,6 @@ class LoRAPro(Pairwise):
             "betas": betas,
             "eps": eps,
             "ridge": ridge,
-            "steps": 0,
         }
         super().__init__(model, find_pairs(model, adapter_name), own, rest_lr, adapter_name)
 
@@ -161,15 +169,13 @@ class LoRAPro(Pairwise):
         at = lora_pro.metric(A, B, group["ridge"])
         state = self.state[group["params"][0]]
         live = live_pairs(pairs)
-        group["steps"] += 1
+        counted(state, live, on_A)
         step = self._full if group["moments"] == "full" else self._tangent
         parts, mean = step(group, state, A, B, seen, at, live)
         g_A, g_B = lora_pro.factor_gradients(A, B, parts, scale, at)
         new_A, new_B = A - group["lr"] * g_A, B - group["lr"] * g_B
-        for i, pair in enumerate(pairs):
-            if live[i]:
-                for p, new in zip(pair, (new_A[i], new_B[i]), strict=True):
-                    p.copy_(new.reshape(p.shape))
+        for side, new in enumerate((new_A, new_B)):
+            write_back(group["params"][side::2], new, live)
         if mean is not None:
             written = stacked(group)  # as rounded to the dtype of the factors
             state["on_A"], state["on_B"] = lora_pro.carried(A, B, mean, *written, at)
@@ -186,19 +192,19 @@ class LoRAPro(Pairwise):
     ) -> tuple[lora_pro.Parts, lora_pro.Parts]:
         """N by its parts, and the first moment."""
         now = lora_pro.mean_squares(A, B, seen, at)
-        if not state:
-            state.update(zip(("on_A", "on_B"), map(torch.zeros_like, seen), strict=True))
-            state.update(zip(("rows", "columns"), map(torch.zeros_like, now), strict=True))
+        for key, like in zip(("on_A", "on_B", "rows", "columns"), (*seen, *now), strict=True):
+            state.setdefault(key, torch.zeros_like(like))
         first, second = group["betas"]
         for key, part in zip(("on_A", "on_B"), seen, strict=True):
             move_average(state[key], part, first, live)
         for key, part in zip(("rows", "columns"), now, strict=True):
             move_average(state[key], part, second, live)
         mean = lora_pro.Parts(state["on_A"], state["on_B"])
-        unbiased = 1 - second ** group["steps"]
-        squares = lora_pro.Squares(state["rows"] / unbiased, state["columns"] / unbiased)
+        squares = lora_pro.Squares(
+            *(state[key] / unbiased(state, second, state[key]) for key in ("rows", "columns"))
+        )
         N = lora_pro.normalised(A, B, mean, squares, at)
-        share = 1 / (1 - first ** group["steps"])
+        share = 1 / unbiased(state, first, A)
         return lora_pro.Parts(share * N.on_A, share * N.on_B), mean
 
     @staticmethod
@@ -212,10 +218,7 @@ class LoRAPro(Pairwise):
         live: list[bool],
     ) -> tuple[lora_pro.Parts, None]:
         """N by its parts."""
-        G = lora_pro.dense(A, B, seen, at)
-        if not state:
-            state.update(exp_avg=torch.zeros_like(G), exp_avg_sq=torch.zeros_like(G))
-        N = adam(state, G, group, live)
+        N = adam(state, lora_pro.dense(A, B, seen, at), group, live)
         return lora_pro.parts_of(N, A, B), None
 
 
@@ -263,6 +266,7 @@ class LoRASB(Pairwise):
         live = [b.grad is not None and bool(b.any()) for _, b in pairs]
         grad = lora_sb.core_gradient(state["U"], on_B, scale)
         group["steps"] += 1
+        counted(state, live, grad)
         move = group["lr"] * adam(state, grad, group, live)
         if group["lr"] == 0:
             return
@@ -279,15 +283,14 @@ class LoRASB(Pairwise):
         if not state:
             for key, shape in (("U", B.shape), ("R", (len(B), *B.shape[-1:] * 2))):
                 state[key] = B.new_zeros(shape)
-            state.update(
-                exp_avg=torch.zeros_like(state["R"]), exp_avg_sq=torch.zeros_like(state["R"])
-            )
         close = 100 * torch.finfo(pairs[0][1].dtype).eps
         apart = torch.linalg.matrix_norm(s * B - state["U"] @ state["R"])
         for i in (apart > close * torch.linalg.matrix_norm(s * B)).nonzero().flatten().tolist():
             U, values, Vt = torch.linalg.svd(s[i] * B[i], full_matrices=False)
             state["U"][i], state["R"][i] = U, values.unsqueeze(-1) * Vt
-            state["exp_avg"][i], state["exp_avg_sq"][i] = 0, 0
+            for key in ("exp_avg", "exp_avg_sq", "count"):
+                if key in state:
+                    state[key][i] = 0
 
     def _refuse(self, group: dict[str, Any]) -> None:
         if group["steps"]:

@@ -21,13 +21,11 @@ def adamw_step(
     group: dict[str, Any],
     state: dict[Tensor, dict[str, Any]],
     grads: list[Tensor] | None = None,
-    fused: bool = False,
 ) -> None:
     """One step of AdamW for the parameters of a group that have a gradient; makes their state.
 
     Args:
         grads: what to use instead of those gradients, in their order.
-        fused: one kernel for all of them (CPU and CUDA); else torch chooses.
     """
     params = [p for p in group["params"] if p.grad is not None]
     if not params:
@@ -35,12 +33,10 @@ def adamw_step(
     for p in params:
         if not state[p]:
             state[p] = {
-                "step": torch.zeros((), dtype=torch.float32, device=p.device if fused else None),
+                "step": torch.zeros((), dtype=torch.float32),
                 "exp_avg": torch.zeros_like(p),
                 "exp_avg_sq": torch.zeros_like(p),
             }
-        elif fused:  # a state that was loaded may have it on the CPU
-            state[p]["step"] = state[p]["step"].to(p.device)
     adamw(
         params,
         [p.grad for p in params] if grads is None else grads,
@@ -48,7 +44,6 @@ def adamw_step(
         [state[p]["exp_avg_sq"] for p in params],
         [],
         [state[p]["step"] for p in params],
-        fused=fused or None,
         amsgrad=False,
         beta1=group["betas"][0],
         beta2=group["betas"][1],
