@@ -1,6 +1,7 @@
 """Does a start from the gradient help: LoRA, LoRA-One, LoRA-GA, GeoLoRA, and LoRA-One with GeoLoRA?
 
     python benchmarks/does_a_start_help.py DATA --tasks sst2 babyllama [--methods ...] [--seeds 0 1 2]
+    python benchmarks/does_a_start_help.py
 
 DATA holds glue/TASK/{train,dev}.jsonl.gz, tinyshakespeare.txt.gz and the folder of every causal model. MiniLM on the GLUE
 tasks, the causal models on text; batches, order, schedule (6 % warm-up, then linearly to 0) and rows of the
@@ -10,7 +11,8 @@ and 100 % of the steps.
 Step sizes are chosen for each task and method that has no default: from two neighbours half a decade apart on towards the better
 one, until it gets worse, with seed 0, by the loss on a tenth of the training rows (500 rows at most; of a text, what is before
 its last tenth) which is never trained on.
-Every run is kept as it ends, in results/does_a_start_help/TASK.json: a second call goes on.
+Every run is kept as it ends, in results/does_a_start_help/TASK.json: a second call goes on. Without --tasks: the table
+and the figure of all runs there are.
 """
 
 import argparse
@@ -27,7 +29,7 @@ import torch
 from do_small_llamas_learn_better import LENGTH, WARMUP, batches, tokens_of
 from peft import LoraConfig, LoraGAConfig, get_peft_model
 from peft.tuners.lora import preprocess_loraga
-from record import RESULTS, write
+from record import FIGURES, RESULTS, write
 from torch import Tensor, nn
 
 import geolora
@@ -217,6 +219,17 @@ def adapted(task: Task, method: Method, seed: int, first: list[Batch], norm: flo
     return model
 
 
+def first_of(rows: list[Batch]) -> list[Batch]:
+    """The batches that hold the first START_ROWS rows."""
+    first, seen = [], 0
+    for batch in rows:
+        if seen >= START_ROWS:
+            break
+        first.append(batch)
+        seen += len(batch["labels"])
+    return first
+
+
 def budget_of(model: Any) -> int:
     """Adapter parameters of LoRA of rank RANK."""
     return sum(RANK * (pair.d_in + pair.d_out) for pair in find_pairs(model))
@@ -237,15 +250,21 @@ def look_at(model: Any, held: list[Batch], metric: str | None = None) -> tuple[f
     return total / rows, None if metric is None else score(metric, found, labels)
 
 
-def one(task: Task, method: Method, lr: float | None, seed: int, norm: float | None) -> Any:
-    """Train once."""
+def one(
+    task: Task,
+    method: Method,
+    lr: float | None,
+    seed: int,
+    norm: float | None,
+    watch: Callable[[int, Any, list[Batch]], None] = lambda *_: None,
+) -> Any:
+    """Train once.
+
+    Args:
+        watch: called with the step, the model and the batches of the gradient, before the first step (0) and after each.
+    """
     rows = task.train(seed)
-    first, seen = [], 0
-    for batch in rows:
-        if seen >= START_ROWS:
-            break
-        first.append(batch)
-        seen += len(batch["labels"])
+    first = first_of(rows)
     begun = time.perf_counter()
     model = adapted(task, method, seed, first, norm)
     looked = time.perf_counter() - begun
@@ -267,6 +286,7 @@ def one(task: Task, method: Method, lr: float | None, seed: int, norm: float | N
     marks = {1, *(round(mark * steps) for mark in MARKS)}
     held_out, scores = {0: look_at(model, task.held_out)[0]}, {}
     losses = []
+    watch(0, model, first)
     torch.manual_seed(seed)  # the same dropout for all
     model.train()
     for step, batch in enumerate(rows, 1):
@@ -278,6 +298,7 @@ def one(task: Task, method: Method, lr: float | None, seed: int, norm: float | N
         optimizer.zero_grad()
         schedule.step()
         losses.append(loss.item())
+        watch(step, model, first)
         if step in marks:
             held_out[step], scores[step] = look_at(model, task.held_out, task.score)
     return {
@@ -332,19 +353,128 @@ class Runs:
         return GRID[at]
 
 
+# ---- what they say -----------------------------------------------------------------------------
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """Mean, and its standard error over the seeds."""
+    mean = sum(values) / len(values)
+    spread = sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1)
+    return mean, math.sqrt(spread / len(values))
+
+
+def chosen_runs(done: Mapping[str, Any]) -> dict[str, tuple[str, dict[int, Any]]]:
+    """{method: (step size, {seed: run})}, the step size with the lowest loss on what is held back."""
+    by_rate: dict[str, dict[str, dict[int, Any]]] = {}
+    for key, run in done.items():
+        method, rate, seed = key.split("/")
+        by_rate.setdefault(method, {}).setdefault(rate, {})[int(seed)] = run
+    found = {}
+    for method, rates in by_rate.items():
+        first = min(min(runs) for runs in rates.values())
+        told = {rate: runs[first]["held_back_loss"] for rate, runs in rates.items()}
+        rate = min(told, key=lambda rate: told[rate] if math.isfinite(told[rate]) else math.inf)
+        found[method] = (rate, dict(sorted(rates[rate].items())))
+    return found
+
+
+def summary(done: Mapping[str, Any]) -> dict[str, Any]:
+    """Per method: means and standard errors at every mark, and the difference of LoRA-One with GeoLoRA, by seeds."""
+    runs, rows = chosen_runs(done), {}
+    both = runs.get("lora-one+geolora", ("", {}))[1]
+    for method, (rate, of_seed) in runs.items():
+        row: dict[str, Any] = {"lr": rate, "seeds": list(of_seed)}
+        steps = len(next(iter(of_seed.values()))["losses"])
+        marks = {"start": 0, "first step": 1} | {f"{m:.0%}": round(m * steps) for m in MARKS}
+        for name, step in marks.items():
+            losses = {seed: run["held_out_loss"][str(step)] for seed, run in of_seed.items()}
+            row[name] = mean_and_error(list(losses.values()))
+            shared = [seed for seed in losses if seed in both]
+            if shared:
+                row[f"lora-one+geolora less this, {name}"] = mean_and_error(
+                    [both[seed]["held_out_loss"][str(step)] - losses[seed] for seed in shared]
+                )
+        scores = [run["score"] for run in of_seed.values()]
+        row["score"] = None if None in scores else mean_and_error(scores)
+        rows[method] = row
+    return rows
+
+
+def join() -> None:
+    """Table and figure of all runs there are."""
+    tasks = {}
+    for path in sorted((RESULTS / NAME).glob("*.json")):
+        tasks[path.stem] = json.loads(path.read_text())["results"]
+    rows = {name: summary(done) for name, done in tasks.items()}
+    for name, methods in rows.items():
+        print(name)
+        for method, row in methods.items():
+            cells = [f"{row[key][0]:.3f} ± {row[key][1]:.3f}" for key in COLUMNS]
+            score = "" if row["score"] is None else f"{100 * row['score'][0]:.1f}"
+            print(f"  {method:<26} {row['lr']:>8} {len(row['seeds'])}  {'  '.join(cells)}  {score}")
+    write(NAME, rows)
+    figure({name: done for name, done in tasks.items() if name in DRAWN})
+
+
+COLUMNS = ("start", "first step", "10%", "50%", "100%")
+DRAWN = (*GLUE, "babyllama")
+
+
+def figure(tasks: Mapping[str, Any]) -> None:
+    """Training losses, smoothed over a twentieth of the run, and held-out losses at the marks."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    drawn, axes = plt.subplots(
+        1, len(tasks), figsize=(3.7 * len(tasks), 4), layout="constrained", squeeze=False
+    )
+    for one_of, (name, done) in zip(axes[0], tasks.items(), strict=True):
+        runs = chosen_runs(done)
+        for color, method in zip(plt.get_cmap("tab10").colors, TABLE, strict=False):
+            if method not in runs:
+                continue
+            of_seed = list(runs[method][1].values())
+            losses = torch.tensor([run["losses"] for run in of_seed]).mean(0)
+            width = max(1, len(losses) // 20)
+            smooth = losses.unfold(0, width, 1).mean(-1)
+            steps = torch.arange(len(smooth)) + (width + 1) / 2
+            style = "--" if "geolora" in method else "-"
+            one_of.plot(steps, smooth, style, color=color, linewidth=1, alpha=0.6)
+            held = {
+                int(step): sum(run["held_out_loss"][step] for run in of_seed) / len(of_seed)
+                for step in of_seed[0]["held_out_loss"]
+                if step != "0"
+            }
+            one_of.plot(list(held), list(held.values()), "o", color=color, label=method)
+        one_of.set_xscale("log")
+        one_of.set_title(name)
+        one_of.set_xlabel("step")
+    axes[0][0].set_ylabel("loss (lines: training, dots: held out)")
+    axes[0][0].legend(fontsize="small")
+    drawn.savefig(FIGURES / f"{NAME}.png", dpi=150)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("--tasks", nargs="+", required=True)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", type=Path, nargs="?")
+    parser.add_argument("--tasks", nargs="*", default=[])
     parser.add_argument("--methods", nargs="+", default=list(TABLE), choices=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--norms", nargs="+", type=float, default=[None])
     arguments = parser.parse_args()
+    if arguments.tasks and arguments.data is None:
+        parser.error("DATA is needed with --tasks")
     for name in arguments.tasks:
         runs = Runs(name, arguments.data)
         for norm in arguments.norms:
             for method in arguments.methods:
                 runs.all_of(method, arguments.seeds, norm)
+    if not arguments.tasks:
+        join()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ How it is seen: `gradient_pass.py`. What is then written into the pairs: one fil
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from geolora.errors import GradientError, SettingError, SetupError, StateError
 from geolora.factors import to_pair
 from geolora.folders import read_tensors
-from geolora.gradient_pass import Loss, look_at, mean_loss
+from geolora.gradient_pass import Loss, look_at
 from geolora.kernels.sketch import Triplets, missing
 from geolora.kernels.truncate import settled_ranks
 from geolora.methods import lora_ga, lora_one, lora_sb
@@ -31,9 +31,8 @@ from geolora.pairs import (
     refuse_frozen,
     refuse_unused,
 )
+from geolora.size import check_norm, sized
 
-FIRST_NORM, FACTORS = 0.05, 8
-"""Where the search for a norm begins, and how many factors of two it goes up or down at most."""
 PASSES, TOLERANCE = 6, 0.1
 
 
@@ -100,7 +99,7 @@ def initialize_lora_one(
         GradientError: a loss or gradient that is not finite; no gradient in any layer.
         StateError: a state of another model. AdapterError: a file that cannot be read.
     """
-    _check_norm("initialize_lora_one", norm, batches)
+    check_norm("initialize_lora_one", norm, batches)
     pairs = _fresh_pairs(model, adapter_of(model, adapter_name))
     check_budget(pairs, budget)
     batches = batches if batches is None or fresh_batches else list(batches)
@@ -111,8 +110,8 @@ def initialize_lora_one(
     def write(norm: float) -> None:
         _write(pairs, found, norm, ranks)
 
-    sized = _sized(model, pairs, batches, loss_fn, norm, write)
-    return GradientStart(sized.norm, unseen, _untouched(pairs, found), *sized.losses)
+    done = sized(model, pairs, batches, loss_fn, norm, write)
+    return GradientStart(done.norm, unseen, _untouched(pairs, found), *done.losses)
 
 
 def initialize_lora_ga(
@@ -192,7 +191,7 @@ def initialize_lora_sb(
     Raises:
         As `initialize_lora_one`.
     """
-    _check_norm("initialize_lora_sb", norm, batches)
+    check_norm("initialize_lora_sb", norm, batches)
     pairs = _fresh_pairs(model, adapter_of(model, adapter_name))
     batches = batches if batches is None or fresh_batches else list(batches)
     looking = _Looking(width, passes, tolerance, fresh_batches)
@@ -207,8 +206,8 @@ def initialize_lora_sb(
                 pair.A.copy_(A.reshape(pair.A.shape))
                 pair.B.copy_(B.reshape(pair.B.shape))
 
-    sized = _sized(model, pairs, batches, loss_fn, norm, write)
-    return GradientStart(sized.norm, unseen, untouched, *sized.losses)
+    done = sized(model, pairs, batches, loss_fn, norm, write)
+    return GradientStart(done.norm, unseen, untouched, *done.losses)
 
 
 def keep_second_half(model: nn.Module, adapter_name: str | None = None) -> None:
@@ -319,72 +318,6 @@ def _find(
             raise SettingError("`batches` must be given, or a `state`.")
         state = get_lora_one_state(model, batches, loss_fn, adapter_name, **looking._asdict())
     return _of_state(state, pairs)
-
-
-# ---- the size of a start -----------------------------------------------------------------------
-
-
-class _Sized(NamedTuple):
-    """||W||_2 of a start that is written, and the losses before and after it where it was searched for."""
-
-    norm: float
-    losses: tuple[float, float] | tuple[()]
-
-
-def _check_norm(function: str, norm: float | None, batches: Iterable[Any] | None) -> None:
-    """Refuse a norm that is none, and a search without batches."""
-    if norm is not None and not (norm > 0 and math.isfinite(norm)):
-        raise SettingError(f"{function}: `norm` must be above 0; got {norm}.")
-    if norm is None and batches is None:
-        raise SettingError(f"{function}: `batches` must be given, or a `norm` with a `state`.")
-
-
-@torch.no_grad()
-def _sized(
-    model: nn.Module,
-    pairs: list[Pair],
-    batches: Iterable[Any] | None,
-    loss_fn: Loss | None,
-    norm: float | None,
-    write: Callable[[float], None],
-) -> _Sized:
-    """Write the start with the norm that is given or, without one, that is found best; a failure is undone."""
-    kept = [(pair.A.detach().clone(), pair.B.detach().clone()) for pair in pairs]
-    try:
-        if norm is not None:
-            write(norm)
-            return _Sized(norm, ())
-        return _searched(model, list(batches or ()), loss_fn, write)
-    except BaseException:
-        for pair, (A, B) in zip(pairs, kept, strict=True):
-            pair.A.copy_(A)
-            pair.B.copy_(B)
-        raise
-
-
-def _searched(
-    model: nn.Module, batches: list[Any], loss_fn: Loss | None, write: Callable[[float], None]
-) -> _Sized:
-    """Go from FIRST_NORM by factors of two for as long as the loss falls, and write the lowest."""
-
-    def loss_at(norm: float) -> float:
-        write(norm)
-        return mean_loss(model, batches, loss_fn)
-
-    before = mean_loss(model, batches, loss_fn)
-    norm, lowest = FIRST_NORM, loss_at(FIRST_NORM)
-    for _ in range(FACTORS):
-        if not (loss := loss_at(2 * norm)) < lowest:
-            break
-        norm, lowest = 2 * norm, loss
-    if norm == FIRST_NORM:
-        for _ in range(FACTORS):
-            loss = loss_at(norm / 2)
-            if math.isfinite(lowest) and not loss < lowest:
-                break
-            norm, lowest = norm / 2, loss
-    write(norm)
-    return _Sized(norm, (before, lowest))
 
 
 # ---- reading and writing -----------------------------------------------------------------------

@@ -6,10 +6,12 @@ one group per shape, so what swaps the Parameter objects of a group (FSDP2) is f
 
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from geolora.buckets import (
     by_shape,
@@ -49,6 +51,7 @@ class Pairwise(torch.optim.Optimizer):
                 "scales": [pair.scale for pair in bucket],
                 "experts": bucket[0].experts,
                 "skipped": 0,
+                "counts": [0] * len(bucket),
                 **own,
             }
             for bucket in by_shape(pairs)
@@ -145,6 +148,48 @@ def adam(
     bias = unbiased(state, second, grad).sqrt_()
     root = torch.sqrt(square).div_(bias).add_(group["eps"])
     return torch.div(mean, root, out=root).div_(unbiased(state, first, grad))
+
+
+def adamw_of_stacks(
+    group: dict[str, Any],
+    values: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    means: Sequence[Tensor],
+    squares: Sequence[Tensor],
+    live: list[bool],
+) -> None:
+    """torch's AdamW on stacks (n, ...), in place, for the pairs that have a gradient.
+
+    `counts` of the group are the steps that every pair has taken. As long as they are all the same, a stack is
+    one tensor for torch; else every pair of it is.
+    """
+    before = group["counts"]
+    group["counts"] = [count + on for count, on in zip(before, live, strict=True)]
+    rows: list[Any] = [slice(None)]
+    if not all(live) or len(set(before)) > 1:
+        rows = [i for i, on in enumerate(live) if on]
+
+    def parts(stacks: Sequence[Tensor]) -> list[Tensor]:
+        return [stack[row] for stack in stacks for row in rows]
+
+    device = grads[0].device
+    counts = [float(before[0 if isinstance(row, slice) else row]) for row in rows] * len(values)
+    adamw(
+        parts(values),
+        parts(grads),
+        parts(means),
+        parts(squares),
+        [],
+        [torch.tensor(count, device=device) for count in counts],
+        fused=device.type in ("cpu", "cuda"),
+        amsgrad=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )
 
 
 def counted(state: dict[str, Any], live: list[bool], like: Tensor) -> None:

@@ -14,6 +14,7 @@ from geolora.pairs import find_pairs
 from geolora.pairwise import (
     Pairwise,
     adam,
+    adamw_of_stacks,
     counted,
     live_pairs,
     move_average,
@@ -55,6 +56,8 @@ class RiemannianAdamW(Pairwise):
         >>> optimizer = RiemannianAdamW(model, lr=1e-3)     # doctest: +SKIP
     """
 
+    MOMENTS = ("exp_avg_A", "exp_avg_B", "exp_avg_sq_A", "exp_avg_sq_B")
+
     def __init__(
         self,
         model: nn.Module,
@@ -82,12 +85,12 @@ class RiemannianAdamW(Pairwise):
     def _advance(self, group: dict[str, Any], on_A: Tensor, on_B: Tensor) -> None:
         state, factors = self.state[group["params"][0]], stacked(group)
         live = live_pairs(list(pairs_of(group["params"])))
-        counted(state, live, on_A)
-        lr = group["lr"]
-        for side, grad in enumerate(_preconditioned(group, *factors, on_A, on_B)):
-            name = "AB"[side]
-            move = adam(state, grad, group, live, (f"exp_avg_{name}", f"exp_avg_sq_{name}"))
-            values = factors[side].mul_(1 - lr * group["weight_decay"]).sub_(move, alpha=lr)
+        grads = _preconditioned(group, *factors, on_A, on_B)
+        for key, like in zip(self.MOMENTS, (*grads, *grads), strict=True):
+            state.setdefault(key, torch.zeros_like(like))
+        moments = [state[key] for key in self.MOMENTS]
+        adamw_of_stacks(group, factors, grads, moments[:2], moments[2:], live)
+        for side, values in enumerate(factors):
             write_back(group["params"][side::2], values, live)
 
 
@@ -104,7 +107,8 @@ def _preconditioned(
 
     on_A, on_B = precondition(*of_experts(A, B), *of_experts(on_A, on_B), group["damping"])
     on_A = on_A.unflatten(0, (-1, count)).flatten(1, 2)
-    return on_A, on_B.unflatten(0, (-1, count)).movedim(1, -1).flatten(-2)
+    on_B = on_B.unflatten(0, (-1, count)).movedim(1, -1).flatten(-2)
+    return on_A.contiguous(), on_B.contiguous()
 
 
 class LoRAPro(Pairwise):

@@ -4,21 +4,23 @@ import torch
 from torch import Tensor
 
 
-def damped_inverse(rows: Tensor, damping: float) -> Tensor:
-    """(X X^T + damping I)^-1 for the rows of X; float64, whatever the dtype of X.
+def damped_inverse(gram: Tensor, damping: float) -> Tensor:
+    """(X X^T + damping I)^-1 from Gram matrices X X^T; float64, whatever their dtype.
 
     Args:
-        rows: X, (*batch, r, d).
-        damping: above 0, so that rows of zeros are no exception.
+        gram: (*batch, r, r), symmetric positive semidefinite up to rounding of their dtype.
+        damping: above 0, so that a matrix of zeros is no exception.
 
     Returns:
         (*batch, r, r), symmetric positive definite.
 
     Precision:
-        The Gram matrix is formed in float64, where it is positive semidefinite to 1e-16 of its norm: its
-        Cholesky factor exists for any damping above that.
+        Relative error about eps ||gram|| / damping, eps that of gram. A damping below its rounding (8 eps of the
+        trace) is raised to it, so that the Cholesky factor exists.
     """
-    X = rows.double()
-    gram = X @ X.mT
-    gram.diagonal(dim1=-2, dim2=-1).add_(damping)
-    return torch.cholesky_inverse(torch.linalg.cholesky(gram))
+    damped = gram.double()
+    damped = damped.clone() if damped is gram else damped
+    diagonal = damped.diagonal(dim1=-2, dim2=-1)
+    rounding = 8 * torch.finfo(gram.dtype).eps * diagonal.sum(-1, keepdim=True)
+    diagonal.add_(rounding.clamp(min=damping))
+    return torch.cholesky_inverse(torch.linalg.cholesky(damped))

@@ -8,6 +8,7 @@ Differences from the authors' code: both sides see the pair as it was before the
 Defaults: damping 1e-2, as in PEFT; the authors tune it over eight decades.
 """
 
+import torch
 from torch import Tensor
 
 from geolora.kernels.solve import damped_inverse
@@ -29,6 +30,6 @@ def precondition(
     Returns:
         Two tensors like grad_A and grad_B.
     """
-    of_A = damped_inverse(B.mT, damping).to(grad_A.dtype)
-    of_B = damped_inverse(A, damping).to(grad_B.dtype)
+    grams = torch.stack([B.mT @ B, A @ A.mT])
+    of_A, of_B = damped_inverse(grams, damping).to(grams.dtype)
     return of_A @ grad_A, grad_B @ of_B
