@@ -9,6 +9,7 @@ library's search takes.
 """
 
 import argparse
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from does_a_start_help import METHODS, adapted, first_of, look_at, task_of
-from record import write
+from record import RESULTS, write
 
 import geolora
 from geolora.buckets import new_groups
@@ -89,7 +90,8 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", required=True)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     arguments = parser.parse_args()
-    results: dict[str, Any] = {}
+    path = RESULTS / f"{NAME}.json"
+    results = json.loads(path.read_text())["results"] if path.exists() else {}
     for name in arguments.tasks:
         task = task_of(name, arguments.data)
         for seed in arguments.seeds:

@@ -38,5 +38,7 @@ def write(name: str, results: Any) -> Path:
         "dirty": DIRTY,
         "results": results,
     }
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
     return path
