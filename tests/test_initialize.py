@@ -355,6 +355,47 @@ def test_the_norm_is_the_one_with_the_lowest_loss_among_powers_of_two(
     assert losses[best] < before
 
 
+def test_the_search_goes_down_from_a_norm_that_ascends_even_on_a_plateau() -> None:
+    """A loss that is far too high, and flat or falling, above 0.01: no way up, and no stop on the way down."""
+    for slope in (0.0, 1.0):
+
+        def saturates(
+            model: nn.Module, given: tuple[Tensor, Tensor], slope: float = slope
+        ) -> Tensor:
+            size = torch.linalg.matrix_norm(products(model)["first"], 2)
+            return torch.where(size > 0.01, 100 - slope * size, loss_of(model, given))
+
+        model = lora_net(r=3)
+        start = geolora.initialize_lora_one(model, batches(), saturates)
+        assert start.norm == 0.05 / 8
+        assert start.loss_after < start.loss_before < 99
+
+
+def test_fresh_batches_may_come_from_an_iterable_without_length() -> None:
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self) -> Any:
+            return iter(batches())
+
+    loader = torch.utils.data.DataLoader(Stream(), batch_size=None)
+    model = lora_net(r=3)
+    twin = copy.deepcopy(model)
+    start = geolora.initialize_lora_one(model, loader, loss_of, fresh_batches=True)
+    other = geolora.initialize_lora_one(twin, batches(), loss_of, tolerance=0.0)
+    assert start.norm == other.norm
+    assert same(snapshot(model), snapshot(twin))
+
+
+def test_without_a_finite_loss_nothing_is_written() -> None:
+    model = lora_net(r=3)
+    state = geolora.get_lora_one_state(model, batches(), loss_of)
+    before = snapshot(model)
+    with pytest.raises(GradientError, match="must be finite"):
+        geolora.initialize_lora_one(
+            model, batches(), lambda m, given: loss_of(m, given) * math.inf, state=state
+        )
+    assert same(before, snapshot(model))
+
+
 def test_a_norm_that_breaks_the_loss_is_not_taken_and_what_fails_is_undone() -> None:
     for bad in (torch.inf, torch.nan):
 
@@ -633,7 +674,9 @@ given = batches(4)
 mine = given[:1] if sys.argv[1] == "0" else given[1:]
 model = lora_net(r=3)
 state = geolora.get_lora_one_state(model, mine, loss_of)
-torch.save(state, sys.argv[2])
+start = geolora.initialize_lora_one(model, mine, loss_of, state=state)
+torch.save((state, start.norm, start.loss_after), sys.argv[2])
+model = lora_net(r=3)
 try:  # one process has a batch that gives no loss: both end
     geolora.get_lora_one_state(model, [0] if sys.argv[1] == "0" else mine, loss_of)
 except TypeError:
@@ -661,9 +704,13 @@ def test_two_processes_see_the_gradient_of_all_their_batches_and_fail_together(
     for run in runs:
         _, errors = run.communicate(timeout=120)
         assert run.returncode == 0, errors.decode()[-2000:]
-    left, right = (torch.load(file) for file in files)
+    (left, *mine), (right, *theirs) = (torch.load(file) for file in files)
+    assert mine == theirs, "norm, loss"
     torch.manual_seed(0)
-    alone = geolora.get_lora_one_state(lora_net(r=3), batches(4), loss_of)
+    model = lora_net(r=3)
+    alone = geolora.get_lora_one_state(model, batches(4), loss_of)
+    start = geolora.initialize_lora_one(model, batches(4), loss_of, state=alone)
+    assert mine == [start.norm, pytest.approx(start.loss_after)]
     for name in ("first", "second", "down"):
         assert (
             difference(of_state(left, name), of_state(alone, name)) < bound(torch.float32, 12) * 10

@@ -80,10 +80,10 @@ def initialize_lora_one(
             takes; moved to the model's device. Not needed with `state` and `norm`.
         loss_fn: (model, batch) -> scalar loss.
         adapter_name: which adapter; None for the active one.
-        norm: ||W||_2 of every layer after the start, whatever LoRA's scale is; above 0. None for the one at
-            which the loss of the batches is lowest: 0.05, and from there by factors of two, up or down,
-            for as long as it falls (about five forward passes over the batches). It differs
-            between models by more than a factor of ten.
+        norm: ||W||_2 of every layer after the start, whatever LoRA's scale is; above 0. None for a search on
+            the batches: 0.05, and from there by factors of two, up or down, for as long as their loss falls
+            (about five forward passes without gradients, at most twelve; from 2e-4 to 12.8). What is best
+            differs between models by more than a factor of ten.
         budget: adapter parameters to start with, sum of rank * (d_in + d_out): directions are shared out
             over all layers by how fast the loss falls along them, per parameter. Slots that are left over
             are zero on both sides: `GeoLoRA` may fill them where its rank grows, AdamW never does.
@@ -259,7 +259,7 @@ def get_lora_one_state(
         passes: at most so many passes over the batches, 2 or more.
         tolerance: share of energy, in [0, 1); 0 makes all `passes`.
         fresh_batches: iterate over `batches` anew in every pass (a DataLoader that shuffles then
-            gives others); else they are drawn once and kept. All `passes` are made then, and what is
+            gives others; the search for a norm keeps one more); else they are drawn once and kept. All `passes` are made then, and what is
             missing is not known (NaN).
 
     Returns:

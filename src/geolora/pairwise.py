@@ -17,6 +17,7 @@ from geolora.buckets import (
     by_shape,
     load_keeping_dtypes,
     not_finite,
+    pairs_of,
     stacked_gradients,
 )
 from geolora.errors import SettingError, SetupError, UnpairedParametersWarning, at_most_three
@@ -85,15 +86,19 @@ class Pairwise(torch.optim.Optimizer):
         for group in paired:
             self._refuse(group)
         for group, stacks in zip(paired, grads, strict=True):
-            self._advance(group, *stacks)
+            live = [any(p.grad is not None for p in pair) for pair in pairs_of(group["params"])]
+            group["counts"] = [count + on for count, on in zip(group["counts"], live, strict=True)]
+            self._advance(group, *stacks, live)
         for group in rest:
             adamw_step(group, self.state)
 
-    def _advance(self, group: dict[str, Any], on_A: Tensor, on_B: Tensor) -> None:
+    def _advance(self, group: dict[str, Any], on_A: Tensor, on_B: Tensor, live: list[bool]) -> None:
         """One step of a bucket, of which one pair at least has a gradient.
 
         Args:
+            group: its `counts` are the steps with a gradient that every pair has had, this one included.
             on_A, on_B: gradients (n, r, d_in) and (n, d_out, r), float32 or wider, zero where there is none.
+            live: which pairs have a gradient.
         """
         raise NotImplementedError
 
@@ -128,26 +133,32 @@ def stacked(group: dict[str, Any]) -> tuple[Tensor, Tensor]:
     return A.to(_width(group)), B.to(_width(group))
 
 
-def adam(
-    state: dict[str, Any],
-    grad: Tensor,
-    group: dict[str, Any],
-    live: list[bool],
-    keys: tuple[str, str] = ("exp_avg", "exp_avg_sq"),
-) -> Tensor:
-    """Adam's direction from the two moments, which move where there is a gradient; zeros at first.
+def adam(state: dict[str, Any], grad: Tensor, group: dict[str, Any], live: list[bool]) -> Tensor:
+    """Adam's direction from `exp_avg` and `exp_avg_sq`, which move where there is a gradient.
 
     Args:
-        state: holds the moments, like grad, and `count` (n,) as `counted` left it.
-        grad: (n, ...). live: which pairs have a gradient. keys: names of the moments.
+        state: holds the two moments, like grad (n, ...); made here. live: which pairs have a gradient.
     """
-    mean, square = (state.setdefault(key, torch.zeros_like(grad)) for key in keys)
+    moments(state, ("exp_avg", "exp_avg_sq"), (grad, grad))
     first, second = group["betas"]
-    move_average(mean, grad, first, live)
-    move_average(square, grad.square(), second, live)
-    bias = unbiased(state, second, grad).sqrt_()
-    root = torch.sqrt(square).div_(bias).add_(group["eps"])
-    return torch.div(mean, root, out=root).div_(unbiased(state, first, grad))
+    move_average(state["exp_avg"], grad, first, live)
+    move_average(state["exp_avg_sq"], grad.square(), second, live)
+    root = (state["exp_avg_sq"] / unbiased(group, second, grad)).sqrt_().add_(group["eps"])
+    return state["exp_avg"] / unbiased(group, first, grad) / root
+
+
+def moments(state: dict[str, Any], keys: Sequence[str], like: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors of a state, zeros at first."""
+    for key, tensor in zip(keys, like, strict=True):
+        if key not in state:
+            state[key] = torch.zeros_like(tensor)
+    return [state[key] for key in keys]
+
+
+def unbiased(group: dict[str, Any], beta: float, like: Tensor) -> Tensor:
+    """1 - beta^count of every pair, to divide like (n, ...) by; 1 before its first gradient."""
+    shares = [1 - beta**count if count else 1.0 for count in group["counts"]]
+    return like.new_tensor(shares).view(-1, *[1] * (like.dim() - 1))
 
 
 def adamw_of_stacks(
@@ -160,27 +171,24 @@ def adamw_of_stacks(
 ) -> None:
     """torch's AdamW on stacks (n, ...), in place, for the pairs that have a gradient.
 
-    `counts` of the group are the steps that every pair has taken. As long as they are all the same, a stack is
-    one tensor for torch; else every pair of it is.
+    As long as all pairs have had as many, a stack is one tensor for torch; else every pair of it is.
     """
-    before = group["counts"]
-    group["counts"] = [count + on for count, on in zip(before, live, strict=True)]
     rows: list[Any] = [slice(None)]
-    if not all(live) or len(set(before)) > 1:
+    if len(set(group["counts"])) > 1 or not all(live):
         rows = [i for i, on in enumerate(live) if on]
+    counts = [group["counts"][0 if isinstance(row, slice) else row] - 1 for row in rows]
 
     def parts(stacks: Sequence[Tensor]) -> list[Tensor]:
         return [stack[row] for stack in stacks for row in rows]
 
     device = grads[0].device
-    counts = [float(before[0 if isinstance(row, slice) else row]) for row in rows] * len(values)
     adamw(
         parts(values),
         parts(grads),
         parts(means),
         parts(squares),
         [],
-        [torch.tensor(count, device=device) for count in counts],
+        [torch.tensor(n, dtype=torch.float32, device=device) for _ in values for n in counts],
         fused=device.type in ("cpu", "cuda"),
         amsgrad=False,
         beta1=group["betas"][0],
@@ -190,18 +198,6 @@ def adamw_of_stacks(
         eps=group["eps"],
         maximize=False,
     )
-
-
-def counted(state: dict[str, Any], live: list[bool], like: Tensor) -> None:
-    """Count a step for the pairs that have a gradient: `count` (n,)."""
-    count = state.setdefault("count", like.new_zeros(len(live)))
-    count += 1 if all(live) else like.new_tensor(live)
-
-
-def unbiased(state: dict[str, Any], beta: float, like: Tensor) -> Tensor:
-    """1 - beta^count of every pair, to divide like (n, ...) by; 1 before its first gradient."""
-    share = (1 - beta ** state["count"]).to(like)
-    return torch.where(share > 0, share, 1.0).view(-1, *[1] * (like.dim() - 1))
 
 
 def move_average(average: Tensor, now: Tensor, beta: float, live: list[bool]) -> None:
@@ -214,17 +210,9 @@ def move_average(average: Tensor, now: Tensor, beta: float, live: list[bool]) ->
             mine.lerp_(theirs, 1 - beta)
 
 
-def write_back(params: list[Tensor], values: Tensor, live: list[bool]) -> None:
+def write_back(params: list[Tensor], values: Tensor) -> None:
     """Write values (n, ...) into the parameters that have a gradient, in their dtype and shape."""
-    kept = [
-        (p, value.view(p.shape))
-        for p, value, moves in zip(params, values, live, strict=True)
-        if moves
-    ]
-    targets, sources = ([both[side] for both in kept] for side in (0, 1))
-    torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]
-
-
-def live_pairs(pairs: list[tuple[Tensor, Tensor]]) -> list[bool]:
-    """Which pairs have a gradient."""
-    return [any(p.grad is not None for p in pair) for pair in pairs]
+    kept = [(p, v.view(p.shape)) for p, v in zip(params, values, strict=True) if p.grad is not None]
+    if kept:
+        targets, sources = ([both[side] for both in kept] for side in (0, 1))
+        torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]

@@ -15,8 +15,7 @@ from geolora.pairwise import (
     Pairwise,
     adam,
     adamw_of_stacks,
-    counted,
-    live_pairs,
+    moments,
     move_average,
     stacked,
     unbiased,
@@ -41,8 +40,9 @@ class RiemannianAdamW(Pairwise):
         adapter_name: which adapter of the model; None for the active one.
 
     Precision:
-        Solves are float64, moments float32 or wider. The factors are rounded to their dtype in every step: keep
-        them in float32 (PEFT's default), also over a bf16 base.
+        Solves are float64, of Gram matrices in the dtype of the factors, float32 at least (on CUDA float64); a
+        damping below their rounding is raised to it. Moments are float32 or wider. The factors are rounded
+        to their dtype in every step: keep them in float32 (PEFT's default), also over a bf16 base.
 
     Raises:
         PairingError: no pair, or a layer that cannot be treated.
@@ -55,8 +55,6 @@ class RiemannianAdamW(Pairwise):
     Example:
         >>> optimizer = RiemannianAdamW(model, lr=1e-3)     # doctest: +SKIP
     """
-
-    MOMENTS = ("exp_avg_A", "exp_avg_B", "exp_avg_sq_A", "exp_avg_sq_B")
 
     def __init__(
         self,
@@ -82,16 +80,14 @@ class RiemannianAdamW(Pairwise):
         pairs = find_pairs(model, adapter_name, with_experts=True)
         super().__init__(model, pairs, own, rest_lr, adapter_name)
 
-    def _advance(self, group: dict[str, Any], on_A: Tensor, on_B: Tensor) -> None:
+    def _advance(self, group: dict[str, Any], on_A: Tensor, on_B: Tensor, live: list[bool]) -> None:
         state, factors = self.state[group["params"][0]], stacked(group)
-        live = live_pairs(list(pairs_of(group["params"])))
         grads = _preconditioned(group, *factors, on_A, on_B)
-        for key, like in zip(self.MOMENTS, (*grads, *grads), strict=True):
-            state.setdefault(key, torch.zeros_like(like))
-        moments = [state[key] for key in self.MOMENTS]
-        adamw_of_stacks(group, factors, grads, moments[:2], moments[2:], live)
+        means = moments(state, ("exp_avg_A", "exp_avg_B"), grads)
+        squares = moments(state, ("exp_avg_sq_A", "exp_avg_sq_B"), grads)
+        adamw_of_stacks(group, factors, grads, means, squares, live)
         for side, values in enumerate(factors):
-            write_back(group["params"][side::2], values, live)
+            write_back(group["params"][side::2], values)
 
 
 def _preconditioned(
@@ -164,22 +160,19 @@ class LoRAPro(Pairwise):
         }
         super().__init__(model, find_pairs(model, adapter_name), own, rest_lr, adapter_name)
 
-    def _advance(self, group: dict[str, Any], on_A: Tensor, on_B: Tensor) -> None:
-        pairs = list(pairs_of(group["params"]))
+    def _advance(self, group: dict[str, Any], on_A: Tensor, on_B: Tensor, live: list[bool]) -> None:
         A, B = stacked(group)
         scale = scales_of(group, A)
         s = scale.view(-1, 1, 1)
         seen = lora_pro.Parts(on_A / s, on_B / s)
         at = lora_pro.metric(A, B, group["ridge"])
         state = self.state[group["params"][0]]
-        live = live_pairs(pairs)
-        counted(state, live, on_A)
         step = self._full if group["moments"] == "full" else self._tangent
         parts, mean = step(group, state, A, B, seen, at, live)
         g_A, g_B = lora_pro.factor_gradients(A, B, parts, scale, at)
         new_A, new_B = A - group["lr"] * g_A, B - group["lr"] * g_B
         for side, new in enumerate((new_A, new_B)):
-            write_back(group["params"][side::2], new, live)
+            write_back(group["params"][side::2], new)
         if mean is not None:
             written = stacked(group)  # as rounded to the dtype of the factors
             state["on_A"], state["on_B"] = lora_pro.carried(A, B, mean, *written, at)
@@ -196,8 +189,7 @@ class LoRAPro(Pairwise):
     ) -> tuple[lora_pro.Parts, lora_pro.Parts]:
         """N by its parts, and the first moment."""
         now = lora_pro.mean_squares(A, B, seen, at)
-        for key, like in zip(("on_A", "on_B", "rows", "columns"), (*seen, *now), strict=True):
-            state.setdefault(key, torch.zeros_like(like))
+        moments(state, ("on_A", "on_B", "rows", "columns"), (*seen, *now))
         first, second = group["betas"]
         for key, part in zip(("on_A", "on_B"), seen, strict=True):
             move_average(state[key], part, first, live)
@@ -205,10 +197,10 @@ class LoRAPro(Pairwise):
             move_average(state[key], part, second, live)
         mean = lora_pro.Parts(state["on_A"], state["on_B"])
         squares = lora_pro.Squares(
-            *(state[key] / unbiased(state, second, state[key]) for key in ("rows", "columns"))
+            *(state[key] / unbiased(group, second, state[key]) for key in ("rows", "columns"))
         )
         N = lora_pro.normalised(A, B, mean, squares, at)
-        share = 1 / unbiased(state, first, A)
+        share = 1 / unbiased(group, first, A)
         return lora_pro.Parts(share * N.on_A, share * N.on_B), mean
 
     @staticmethod
@@ -261,16 +253,21 @@ class LoRASB(Pairwise):
         own = {"lr": lr, "betas": betas, "eps": eps, "steps": 0}
         super().__init__(model, find_pairs(model, adapter_name), own, rest_lr, adapter_name)
 
-    def _advance(self, group: dict[str, Any], on_A: Tensor, on_B: Tensor) -> None:  # noqa: ARG002
+    def _advance(
+        self,
+        group: dict[str, Any],
+        on_A: Tensor,  # noqa: ARG002
+        on_B: Tensor,
+        live: list[bool],
+    ) -> None:
         pairs = list(pairs_of(group["params"]))
         state, (A, B) = self.state[group["params"][0]], stacked(group)
         scale = scales_of(group, A)
         s = scale.view(-1, 1, 1)
-        self._read(state, pairs, B, s)
-        live = [b.grad is not None and bool(b.any()) for _, b in pairs]
+        self._read(state, group["counts"], pairs, B, s)
+        live = [on and bool(b.any()) for on, (_, b) in zip(live, pairs, strict=True)]
         grad = lora_sb.core_gradient(state["U"], on_B, scale)
         group["steps"] += 1
-        counted(state, live, grad)
         move = group["lr"] * adam(state, grad, group, live)
         if group["lr"] == 0:
             return
@@ -281,7 +278,11 @@ class LoRASB(Pairwise):
 
     @staticmethod
     def _read(
-        state: dict[str, Any], pairs: list[tuple[Tensor, Tensor]], B: Tensor, s: Tensor
+        state: dict[str, Any],
+        counts: list[int],
+        pairs: list[tuple[Tensor, Tensor]],
+        B: Tensor,
+        s: Tensor,
     ) -> None:
         """U and R of B = U R / s, where B is not what was written (a start, a reload); moments anew there."""
         if not state:
@@ -292,7 +293,8 @@ class LoRASB(Pairwise):
         for i in (apart > close * torch.linalg.matrix_norm(s * B)).nonzero().flatten().tolist():
             U, values, Vt = torch.linalg.svd(s[i] * B[i], full_matrices=False)
             state["U"][i], state["R"][i] = U, values.unsqueeze(-1) * Vt
-            for key in ("exp_avg", "exp_avg_sq", "count"):
+            counts[i] = 1
+            for key in ("exp_avg", "exp_avg_sq"):
                 if key in state:
                     state[key][i] = 0
 
@@ -367,7 +369,13 @@ class RACLoRA(Pairwise):
         }
         super().__init__(model, pairs, own, rest_lr, adapter_name)
 
-    def _advance(self, group: dict[str, Any], on_A: Tensor, on_B: Tensor) -> None:  # noqa: ARG002
+    def _advance(
+        self,
+        group: dict[str, Any],
+        on_A: Tensor,  # noqa: ARG002
+        on_B: Tensor,
+        live: list[bool],  # noqa: ARG002
+    ) -> None:
         count, blocks = group["steps_per_block"], group["blocks"]
         block = rac_lora.block_of(group["steps"], count, blocks)
         if group["steps"] and block != rac_lora.block_of(group["steps"] - 1, count, blocks):

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from geolora.errors import SettingError
+from geolora.errors import GradientError, SettingError
 from geolora.gradient_pass import Loss, mean_loss
 from geolora.pairs import Pair
 
@@ -39,13 +39,17 @@ def sized(
     norm: float | None,
     write: Callable[[float], None],
 ) -> Sized:
-    """Write the start with the norm that is given or, without one, that is found best; a failure is undone."""
+    """Write the start with the norm that is given or, without one, that is found best; a failure is undone.
+
+    Raises:
+        GradientError: no norm with a finite loss.
+    """
     kept = [(pair.A.detach().clone(), pair.B.detach().clone()) for pair in pairs]
     try:
         if norm is not None:
             write(norm)
             return Sized(norm, ())
-        return _searched(model, list(batches or ()), loss_fn, write)
+        return _searched(model, () if batches is None else batches, loss_fn, write)
     except BaseException:
         for pair, (A, B) in zip(pairs, kept, strict=True):
             pair.A.copy_(A)
@@ -54,25 +58,46 @@ def sized(
 
 
 def _searched(
-    model: nn.Module, batches: list[Any], loss_fn: Loss | None, write: Callable[[float], None]
+    model: nn.Module, batches: Iterable[Any], loss_fn: Loss | None, write: Callable[[float], None]
 ) -> Sized:
-    """Go from FIRST_NORM by factors of two for as long as the loss falls, and write the lowest."""
+    """Go from FIRST_NORM by factors of two for as long as the loss falls, and write the lowest.
+
+    Upwards only from a norm that descends; downwards at least until one does.
+    """
+    drawn: list[Any] = []
+
+    def once() -> Iterable[Any]:  # what the loader raises is then raised on all processes
+        for batch in batches:
+            drawn.append(batch)
+            yield batch
+
+    before = mean_loss(model, once(), loss_fn)
+    losses: dict[float, float] = {}
 
     def loss_at(norm: float) -> float:
         write(norm)
-        return mean_loss(model, batches, loss_fn)
+        loss = mean_loss(model, drawn, loss_fn)
+        losses[norm] = loss if math.isfinite(loss) else math.inf
+        return losses[norm]
 
-    before = mean_loss(model, batches, loss_fn)
-    norm, lowest = FIRST_NORM, loss_at(FIRST_NORM)
-    for _ in range(FACTORS):
-        if not (loss := loss_at(2 * norm)) < lowest:
-            break
-        norm, lowest = 2 * norm, loss
-    if norm == FIRST_NORM:
+    first = loss_at(FIRST_NORM)
+    for factor in (2.0, 0.5):
+        norm, last = FIRST_NORM, first
         for _ in range(FACTORS):
-            loss = loss_at(norm / 2)
-            if math.isfinite(lowest) and not loss < lowest:
+            descends = last < before
+            if factor > 1 and not descends:
                 break
-            norm, lowest = norm / 2, loss
-    write(norm)
-    return Sized(norm, (before, lowest))
+            norm, previous = norm * factor, last
+            last = loss_at(norm)
+            if descends and not last < previous:
+                break
+        if min(losses, key=lambda norm: losses[norm]) > FIRST_NORM:
+            break
+    best = min(losses, key=lambda norm: losses[norm])
+    if not math.isfinite(before + losses[best]):
+        raise GradientError(
+            f"the loss of `batches` must be finite; it is {before} before the start and {losses[best]} after "
+            "the shortest step. Look at the loss function, or at the model."
+        )
+    write(best)
+    return Sized(best, (before, losses[best]))

@@ -30,6 +30,8 @@ def precondition(
     Returns:
         Two tensors like grad_A and grad_B.
     """
-    grams = torch.stack([B.mT @ B, A @ A.mT])
-    of_A, of_B = damped_inverse(grams, damping).to(grams.dtype)
+    wide = torch.float64 if A.is_cuda else A.dtype  # on CUDA, float32 products may be TF32's
+    rows, columns = A.to(wide), B.to(wide)
+    grams = torch.stack([columns.mT @ columns, rows @ rows.mT])
+    of_A, of_B = damped_inverse(grams, damping).to(grad_A.dtype)
     return of_A @ grad_A, grad_B @ of_B
