@@ -183,8 +183,10 @@ def task_of(name: str, data: Path) -> Task:
 # ---- one run -----------------------------------------------------------------------------------
 
 
-def adapted(task: Task, method: Method, seed: int, first: list[Batch], norm: float | None) -> Any:
-    """The model with its adapter, started."""
+def adapted(
+    task: Task, method: Method, seed: int, first: list[Batch], norm: float | None
+) -> tuple[Any, float]:
+    """The model with its adapter, started, and the norm of its start (0: none)."""
     torch.manual_seed(seed)
     base = task.base()
     own = {"lora_dropout": 0.0, "target_modules": "all-linear"}
@@ -209,15 +211,16 @@ def adapted(task: Task, method: Method, seed: int, first: list[Batch], norm: flo
         base.zero_grad()
     model: Any = get_peft_model(base, config)
     extra = {} if norm is None else {"norm": norm}
+    found = 0.0
     if method.start == "lora-one":
-        geolora.initialize_lora_one(model, first, **extra)
+        found = geolora.initialize_lora_one(model, first, **extra).norm
     elif method.start == "lora-one-budget":
-        geolora.initialize_lora_one(model, first, budget=budget_of(model), **extra)
+        found = geolora.initialize_lora_one(model, first, budget=budget_of(model), **extra).norm
     elif method.start == "lora-ga":
         geolora.initialize_lora_ga(model, first)
     elif method.start == "lora-sb":
-        geolora.initialize_lora_sb(model, first, **extra)
-    return model
+        found = geolora.initialize_lora_sb(model, first, **extra).norm
+    return model, found
 
 
 def first_of(rows: list[Batch]) -> list[Batch]:
@@ -267,7 +270,7 @@ def one(
     rows = task.train(seed)
     first = first_of(rows)
     begun = time.perf_counter()
-    model = adapted(task, method, seed, first, norm)
+    model, size = adapted(task, method, seed, first, norm)
     looked = time.perf_counter() - begun
     steps = len(rows)
     settings = dict(method.settings) | ({} if lr is None else {"lr": lr})
@@ -306,6 +309,7 @@ def one(
         "held_out_loss": held_out,
         "held_back_loss": look_at(model, task.held_back)[0],
         "score": scores[steps],
+        "norm": size,
         "losses": [round(loss, 4) for loss in losses],
         "seconds": round(time.perf_counter() - begun, 1),
         "seconds_of_the_start": round(looked, 1),

@@ -5,7 +5,7 @@
 Models and rows as in does_a_start_help.py, rank 8. Change of the mean loss from before the start, on the rows of the
 gradient and on held-back training rows, for norms from 0.0016 to 0.8. Layers alike (`alike`, the paper's), each in
 GeoLoRA's unit of a step (`unit`), or also in proportion to its gradient (`unit, shared`). `found` is the norm that the
-library's search takes.
+library takes.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def shapes_of(pairs: list[Pair], state: dict[str, Any]) -> dict[str, Callable[[P
 
 def changes(task: Any, seed: int) -> dict[str, Any]:
     first = first_of(task.train(seed))
-    model = adapted(task, METHODS["lora"], seed, first, None)
+    model, _ = adapted(task, METHODS["lora"], seed, first, None)
     state = geolora.get_lora_one_state(model, first)
     pairs = find_pairs(model)
 

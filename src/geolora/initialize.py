@@ -80,10 +80,10 @@ def initialize_lora_one(
             takes; moved to the model's device. Not needed with `state` and `norm`.
         loss_fn: (model, batch) -> scalar loss.
         adapter_name: which adapter; None for the active one.
-        norm: ||W||_2 of every layer after the start, whatever LoRA's scale is; above 0. None for a search on
-            the batches: 0.05, and from there by factors of two, up or down, for as long as their loss falls
-            (about five forward passes without gradients, at most twelve; from 2e-4 to 12.8). What is best
-            differs between models by more than a factor of ten.
+        norm: ||W||_2 of every layer after the start, whatever LoRA's scale is; above 0. None for 0.05, halved for
+            as long as that lowers the loss of the batches, eight times at most (two forward passes over
+            them without gradients, one more for every halving). Some models need a tenth of it; larger ones lower
+            the loss further on some tasks, and training then ends worse.
         budget: adapter parameters to start with, sum of rank * (d_in + d_out): directions are shared out
             over all layers by how fast the loss falls along them, per parameter. Slots that are left over
             are zero on both sides: `GeoLoRA` may fill them where its rank grows, AdamW never does.
