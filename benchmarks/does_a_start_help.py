@@ -382,6 +382,8 @@ def chosen_runs(done: Mapping[str, Any]) -> dict[str, tuple[str, dict[int, Any]]
     found = {}
     for method, rates in by_rate.items():
         told = {rate: runs[0]["held_back_loss"] for rate, runs in rates.items() if 0 in runs}
+        if not told:
+            continue
         rate = min(told, key=lambda rate: told[rate] if math.isfinite(told[rate]) else math.inf)
         found[method] = (rate, dict(sorted(rates[rate].items())))
     return found

@@ -81,7 +81,7 @@ def initialize_lora_one(
         loss_fn: (model, batch) -> scalar loss.
         adapter_name: which adapter; None for the active one.
         norm: ||W||_2 of every layer after the start, whatever LoRA's scale is; above 0. None for 0.05, halved for
-            as long as that lowers the loss of the batches, eight times at most (two forward passes over
+            as long as that lowers the loss of the batches, eight times at most (three forward passes over
             them without gradients, one more for every halving). Some models need a tenth of it; larger ones lower
             the loss further on some tasks, and training then ends worse.
         budget: adapter parameters to start with, sum of rank * (d_in + d_out): directions are shared out
@@ -259,8 +259,8 @@ def get_lora_one_state(
         passes: at most so many passes over the batches, 2 or more.
         tolerance: share of energy, in [0, 1); 0 makes all `passes`.
         fresh_batches: iterate over `batches` anew in every pass (a DataLoader that shuffles then
-            gives others; the search for a norm keeps one more); else they are drawn once and kept. All `passes` are made then, and what is
-            missing is not known (NaN).
+            gives others); else they are drawn once and kept. All `passes` are made then, and what is
+            missing is not known (NaN). A start without a `norm` draws them once more, and keeps those.
 
     Returns:
         For every layer, float32 on the CPU: `NAME.U` (d_out, r), `NAME.sigma` (r,), `NAME.V` (d_in, r) of
