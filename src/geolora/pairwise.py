@@ -23,7 +23,7 @@ from geolora.buckets import (
 from geolora.errors import SettingError, SetupError, UnpairedParametersWarning, at_most_three
 from geolora.finite import to_be_skipped, total
 from geolora.pairs import Pair, refuse_frozen, unpaired_lora_layers
-from geolora.rest import SETTINGS, adamw_step, rest_groups
+from geolora.rest import SETTINGS, adamw_settings, adamw_step, rest_groups
 
 
 class Pairwise(torch.optim.Optimizer):
@@ -190,13 +190,7 @@ def adamw_of_stacks(
         [],
         [torch.tensor(n, dtype=torch.float32, device=device) for _ in values for n in counts],
         fused=device.type in ("cpu", "cuda"),
-        amsgrad=False,
-        beta1=group["betas"][0],
-        beta2=group["betas"][1],
-        lr=group["lr"],
-        weight_decay=group["weight_decay"],
-        eps=group["eps"],
-        maximize=False,
+        **adamw_settings(group),
     )
 
 

@@ -17,6 +17,19 @@ def rest_groups(model: nn.Module, paired: list[dict[str, Any]], lr: float) -> li
     return [{**SETTINGS, "params": rest, "lr": lr}] if rest else []
 
 
+def adamw_settings(group: dict[str, Any]) -> dict[str, Any]:
+    """What torch's functional AdamW takes of a param group."""
+    return {
+        "amsgrad": False,
+        "beta1": group["betas"][0],
+        "beta2": group["betas"][1],
+        "lr": group["lr"],
+        "weight_decay": group["weight_decay"],
+        "eps": group["eps"],
+        "maximize": False,
+    }
+
+
 def adamw_step(
     group: dict[str, Any],
     state: dict[Tensor, dict[str, Any]],
@@ -44,11 +57,5 @@ def adamw_step(
         [state[p]["exp_avg_sq"] for p in params],
         [],
         [state[p]["step"] for p in params],
-        amsgrad=False,
-        beta1=group["betas"][0],
-        beta2=group["betas"][1],
-        lr=group["lr"],
-        weight_decay=group["weight_decay"],
-        eps=group["eps"],
-        maximize=False,
+        **adamw_settings(group),
     )
