@@ -82,7 +82,7 @@ def initialize_lora_one(
         adapter_name: which adapter; None for the active one.
         norm: ||W||_2 of every layer after the start, whatever LoRA's scale is; above 0. None for 0.05, halved for
             as long as that lowers the loss of the batches, eight times at most (three forward passes over
-            them without gradients, one more for every halving). Some models need a tenth of it; larger ones lower
+            them without gradients, one more for every halving). Some models need a quarter of it; larger ones lower
             the loss further on some tasks, and training then ends worse.
         budget: adapter parameters to start with, sum of rank * (d_in + d_out): directions are shared out
             over all layers by how fast the loss falls along them, per parameter. Slots that are left over

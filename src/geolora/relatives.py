@@ -265,7 +265,10 @@ class LoRASB(Pairwise):
         scale = scales_of(group, A)
         s = scale.view(-1, 1, 1)
         self._read(state, group["counts"], pairs, B, s)
-        live = [on and bool(b.any()) for on, (_, b) in zip(live, pairs, strict=True)]
+        live = [
+            on and b.grad is not None and bool(b.any())
+            for on, (_, b) in zip(live, pairs, strict=True)
+        ]
         grad = lora_sb.core_gradient(state["U"], on_B, scale)
         group["steps"] += 1
         move = group["lr"] * adam(state, grad, group, live)

@@ -18,8 +18,7 @@ def damped_inverse(gram: Tensor, damping: float) -> Tensor:
         Relative error about eps ||gram|| / damping, eps that of gram. A damping below its rounding (8 eps of the
         trace) is raised to it, so that the Cholesky factor exists.
     """
-    damped = gram.double()
-    damped = damped.clone() if damped is gram else damped
+    damped = gram.to(torch.float64, copy=True)
     diagonal = damped.diagonal(dim1=-2, dim2=-1)
     rounding = 8 * torch.finfo(gram.dtype).eps * diagonal.sum(-1, keepdim=True)
     diagonal.add_(rounding.clamp(min=damping))
