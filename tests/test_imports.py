@@ -24,8 +24,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "rest": (),
     "finite": ("errors",),
     "optim": (*MODEL, "buckets", "finite", "rest"),
-    "pairwise": (*MODEL, "buckets", "finite", "rest"),
-    "relatives": (*MODEL, "buckets", "pairwise", "rest"),
+    "relatives": (*MODEL, "buckets", "finite", "rest", "relatives"),
     "adapter": (*CORE, "pairs"),
     "folders": ("errors", "pairs", "adapter"),
     "gradient_pass": (*CORE, "pairs"),
@@ -48,7 +47,6 @@ OTHERS = {
     "finite": {"torch"},
     "rest": {"torch"},
     "optim": {"torch"},
-    "pairwise": {"torch"},
     "relatives": {"torch"},
 }
 """What the numerical parts may import from other packages, beside the standard library."""

@@ -1,4 +1,4 @@
-"""What optimizers share that train LoRA's factors as they are (`relatives.py`): groups, skipped steps, averages.
+"""What optimizers share that train LoRA's factors as they are: groups, skipped steps, averages.
 
 All else that is trainable goes to AdamW. Pairs are found by position in the param groups, [A1, B1, A2, B2, …],
 one group per shape, so what swaps the Parameter objects of a group (FSDP2) is followed.
