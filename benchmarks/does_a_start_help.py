@@ -9,9 +9,9 @@ gradient (64, or 64 windows) are the same for all methods; AdamW's gradients are
 cut to the parameters of 8 in the step after 10 % (`-budget`: from the start on). Loss on held-out rows before and after the first step, after 10 %, 50 %
 and 100 % of the steps.
 
-Step sizes are chosen for each task and method that has no default: from two neighbours half a decade apart on towards the better
-one, until it gets worse, with seed 0, by the loss on a tenth of the training rows (500 rows at most; of a text, what is before
-its last tenth) which is never trained on.
+Step sizes are chosen for each task and method: from two neighbours half a decade apart on towards the better one, until it gets
+worse, with seed 0, by the loss on a tenth of the training rows (500 rows at most; of a text, what is before its last tenth) which
+is never trained on. GeoLoRA's neighbours are half decades from its default, whose runs are told as well (`, default`).
 Every run is kept as it ends, in results/does_a_start_help/TASK.json: a second call goes on. Without --tasks: the table
 and the figure of all runs there are.
 """
@@ -58,7 +58,6 @@ class Method:
     optimizer: str
     rank: int = RANK
     settings: Mapping[str, Any] = ()  # type: ignore[assignment]
-    has_default: bool = False
 
 
 METHODS: dict[str, Method] = {
@@ -66,9 +65,9 @@ METHODS: dict[str, Method] = {
     "lora-one": Method("lora-one", "lora"),
     "lora-ga": Method("lora-ga", "lora", 2 * RANK),  # half of the slots are trained
     "lora-ga-of-peft": Method("lora-ga-of-peft", "lora"),
-    "geolora": Method("zero", "geolora", 2 * RANK, has_default=True),
-    "lora-one+geolora": Method("lora-one", "geolora", 2 * RANK, has_default=True),
-    "lora-one-budget+geolora": Method("lora-one-budget", "geolora", 2 * RANK, has_default=True),
+    "geolora": Method("zero", "geolora", 2 * RANK),
+    "lora-one+geolora": Method("lora-one", "geolora", 2 * RANK),
+    "lora-one-budget+geolora": Method("lora-one-budget", "geolora", 2 * RANK),
     "riemannian": Method("zero", "riemannian"),
     "lora-one+riemannian": Method("lora-one", "riemannian"),
     "lora-pro": Method("zero", "lora-pro"),
@@ -78,6 +77,8 @@ METHODS: dict[str, Method] = {
 }
 TABLE = tuple(METHODS)[:6]
 GRID = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+AROUND_DEFAULT = (2.2e-4, 7e-4, 2.2e-3, None, 2.2e-2, 7e-2)
+"""GeoLoRA's grid; None is its default, 7e-3."""
 BEGIN = {"lora": 1e-3, "riemannian": 1e-3, "lora-pro": 1e-4, "lora-sb": 1e-2, "rac-lora": 1e-3}
 """Where the search for a step size begins, by optimizer; one decade higher on text."""
 
@@ -345,22 +346,30 @@ class Runs:
 
     def all_of(self, method: str, seeds: list[int], norm: float | None) -> None:
         """The runs that choose a step size, and those of the chosen one with all seeds."""
-        lr = None if METHODS[method].has_default else self.chosen(method, norm)
+        rates = {self.chosen(method, norm)}
+        if METHODS[method].optimizer == "geolora":
+            rates.add(None)
         for seed in seeds:
-            self.of(method, lr, seed, norm)
+            for lr in rates:
+                self.of(method, lr, seed, norm)
 
-    def chosen(self, method: str, norm: float | None) -> float:
+    def chosen(self, method: str, norm: float | None) -> float | None:
         """With seed 0."""
+        optimizer = METHODS[method].optimizer
+        grid: tuple[float | None, ...] = GRID
+        if optimizer == "geolora":
+            grid, at = AROUND_DEFAULT, AROUND_DEFAULT.index(2.2e-3)
+        else:
+            at = GRID.index(BEGIN[optimizer]) + (0 if self.name in GLUE else 2)
 
         def loss(at: int) -> float:
-            found = self.of(method, GRID[at], 0, norm)["held_back_loss"]
+            found = self.of(method, grid[at], 0, norm)["held_back_loss"]
             return found if math.isfinite(found) else math.inf
 
-        at = GRID.index(BEGIN[METHODS[method].optimizer]) + (0 if self.name in GLUE else 2)
         up = 1 if loss(at + 1) < loss(at) else -1
-        while 0 <= at + up < len(GRID) and loss(at + up) < loss(at):
+        while 0 <= at + up < len(grid) and loss(at + up) < loss(at):
             at += up
-        return GRID[at]
+        return grid[at]
 
 
 # ---- what they say -----------------------------------------------------------------------------
@@ -386,6 +395,8 @@ def chosen_runs(done: Mapping[str, Any]) -> dict[str, tuple[str, dict[int, Any]]
             continue
         rate = min(told, key=lambda rate: told[rate] if math.isfinite(told[rate]) else math.inf)
         found[method] = (rate, dict(sorted(rates[rate].items())))
+        if rate != "default" and "default" in rates:
+            found[f"{method}, default"] = ("default", dict(sorted(rates["default"].items())))
     return found
 
 
