@@ -33,7 +33,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(PIP) datasets hypothesis "pyright[nodejs]" pytest pytest-xdist ruff torchao
+	$(PIP) datasets hypothesis pillow "pyright[nodejs]" pytest pytest-xdist ruff torchao trl
 	touch $@
 
 clean:

@@ -29,9 +29,11 @@ from safetensors.torch import load_file
 
 from geolora import optim
 from geolora.cli.demo import model_folder
-from geolora.tasks import text_classification as task
+from geolora.tasks import training as task
 from geolora.tasks.config import TrainConfig
 from geolora.tasks.docstrings import docstring_themes
+from geolora.tasks.task import Data
+from geolora.tasks.text_classification import labelled_texts
 
 STEPS, EVERY = 52, 4
 
@@ -47,18 +49,13 @@ def config(output: Path) -> TrainConfig:
     )
 
 
-def data() -> task.TextData:
+def data() -> Data:
     train, held_out = docstring_themes(seed=0)
     train, held_out = train[:200], held_out[:20]
-    return task.with_classes(
-        [(row["text"],) for row in train],
-        [row["label"] for row in train],
-        [(row["text"],) for row in held_out],
-        [row["label"] for row in held_out],
-    )
+    return labelled_texts(train, held_out)
 
 
-def in_child(output: Path, rows: task.TextData, kill: tuple[int, float] | None) -> int:
+def in_child(output: Path, rows: Data, kill: tuple[int, float] | None) -> int:
     """Run in a fork; SIGKILL `kill[1]` seconds after optimizer step number `kill[0]`."""
     child = os.fork()
     if child:

@@ -15,7 +15,7 @@ from geolora.report.comparison import figures, table
 from geolora.tasks.checkpoints import write_json
 from geolora.tasks.plan import Cell, read_plan
 from geolora.tasks.summary import summarise
-from geolora.tasks.text_classification import load
+from geolora.tasks.training import load
 
 NAME = re.compile(r"([^/]+)/([^/]+)/lr-([^/]+)/seed-(\d+)\.json$")
 
@@ -23,7 +23,7 @@ NAME = re.compile(r"([^/]+)/([^/]+)/lr-([^/]+)/seed-(\d+)\.json$")
 def main() -> None:
     plan = read_plan(sys.argv[1])
     configs = {cell.task: cell.config for cell in plan.cells}
-    labels = {task: load(config).held_out_labels for task, config in configs.items()}
+    labels = {task: load(config).held_out.labels for task, config in configs.items()}
     methods = list(dict.fromkeys(cell.method for cell in plan.cells))
     seeds, results = {cell.seed for cell in plan.cells}, []
     for path in sorted((plan.output / "runs").rglob("seed-*.json")):
@@ -33,19 +33,20 @@ def main() -> None:
         lr = None if found[3] == "default" else float(found[3])
         cell = Cell(found[1], found[2], lr, int(found[4]), configs[found[1]])
         run = json.loads(path.read_text(encoding="utf-8"))
+        run.setdefault("targets", labels[cell.task])  # runs of before they were kept
         if cell.seed not in seeds:  # made at the step size that had been chosen: no say in it
             run["choice"] = None
         results.append((cell, run))
     tasks = list(configs)
     results.sort(key=lambda pair: (tasks.index(pair[0].task), methods.index(pair[0].method)))
-    summary = summarise(results, labels, plan.against)
+    summary = summarise(results, plan.against)
     write_json(plan.output / "comparison.json", summary)
     text = table(summary)
     (plan.output / "table.txt").write_text(text + "\n", encoding="utf-8")
     figures(plan.output)
     print(text)
     for method in sys.argv[2:]:
-        text = table(summarise(results, labels, method))
+        text = table(summarise(results, method))
         (plan.output / f"against_{method}.txt").write_text(text + "\n", encoding="utf-8")
         print(text)
 

@@ -19,7 +19,8 @@ from record import write
 from geolora.cli.demo import MAX_LENGTH, RUNS, model_folder
 from geolora.tasks.config import TrainConfig
 from geolora.tasks.docstrings import docstring_themes
-from geolora.tasks.text_classification import train, with_classes
+from geolora.tasks.text_classification import labelled_texts
+from geolora.tasks.training import train
 
 STEPS = 300
 SEEDS = (0, 1, 2)
@@ -29,12 +30,7 @@ KEPT = ("value", "train_loss", "adapter_parameters", "exported_parameters", "sec
 
 def one(seed: int, settings: dict[str, Any]) -> dict[str, Any]:
     rows, held_out = docstring_themes(seed=seed)
-    data = with_classes(
-        [(row["text"],) for row in rows],
-        [row["label"] for row in rows],
-        [(row["text"],) for row in held_out],
-        [row["label"] for row in held_out],
-    )
+    data = labelled_texts(rows, held_out)
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(
             model=str(model_folder()),

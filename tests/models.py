@@ -173,6 +173,48 @@ def tiny_bert(folder: Any) -> Any:
     return folder
 
 
+CHAT = (
+    "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }} </s> {% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|> {% endif %}"
+)
+
+
+def tiny_llama(folder: Any, chat: bool = False) -> Any:
+    """A Llama of width 32 with a tokenizer of words, digits and `####`, saved as a model folder."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    marks = ["<unk>", "</s>", "<|user|>", "<|assistant|>", "<|system|>", "####", *"0123456789+="]
+    vocabulary = {word: i for i, word in enumerate([*marks, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>", model_max_length=64,
+        chat_template=CHAT if chat else None,
+    ).save_pretrained(folder)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=48, max_position_embeddings=64, eos_token_id=1, bos_token_id=None,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def tiny_vit(folder: Any) -> Any:
+    """A vision transformer of width 32 for pictures of 16 x 16, with its image processor."""
+    from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
+
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
+        image_size=16, patch_size=4,
+    )  # fmt: skip
+    ViTModel(config).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
+
+
 def reviews(rows: int, seed: int = 0) -> list[dict[str, Any]]:
     """Made-up reviews whose label is what their adjectives say."""
     generator = torch.Generator().manual_seed(seed)

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from geolora.cli import demo
 from geolora.cli.__main__ import main
-from geolora.tasks.text_classification import with_classes
+from geolora.tasks.text_classification import labelled_texts
 from models import reviews, tiny_bert
 
 pytest.importorskip(demo.PACKAGE, reason="the demo extra is not installed")
@@ -41,10 +41,7 @@ def test_the_whole_demo_on_a_tiny_model(
 def test_the_floor_is_right_on_a_task_that_words_decide(tmp_path: Path) -> None:
     folder = tiny_bert(tmp_path / "model")
     train, held_out = reviews(200), reviews(100, seed=1)
-    data = with_classes(
-        [(r["text"],) for r in train], [r["label"] for r in train],
-        [(r["text"],) for r in held_out], [r["label"] for r in held_out],
-    )  # fmt: skip
+    data = labelled_texts(train, held_out)
     majority, logistic = demo.frozen_floor(folder, data)
     labels = [row["label"] for row in train]
     usual = max(("good", "bad"), key=labels.count)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from geolora import LoRAPro, LoRASB, RACLoRA, RiemannianAdamW, optim
 from geolora.cli.__main__ import main
-from geolora.tasks import text_classification as task
+from geolora.tasks import training as task
 from models import reviews, tiny_bert
 
 pytestmark = [

@@ -14,7 +14,8 @@ from geolora.tasks.config import TrainConfig
 from geolora.tasks.output import alone, clear
 from geolora.tasks.plan import Cell, read_plan
 from geolora.tasks.summary import summarise
-from geolora.tasks.text_classification import Outcome, TextData
+from geolora.tasks.task import Data, Rows
+from geolora.tasks.training import Outcome
 from models import reviews
 
 PLAN = """
@@ -97,27 +98,27 @@ def test_a_plan_that_cannot_be_is_one_line(files: Path, old: str, new: str, mess
 # ---- running ------------------------------------------------------------------------------------
 
 
-def fake(config: TrainConfig, data: TextData, choice: object) -> Outcome:
+def fake(config: TrainConfig, data: Data, choice: object) -> Outcome:
     """A training that knows `lr` / 1e-2 of the rows; at seed 1 and the larger lr it diverges."""
     if config.lr == 1e-2 and config.seed == 1 and config.text == "other":
         raise NonFiniteGradientError("GeoLoRA.step: gradients must be finite")
     share = {1e-3: 0.5, 1e-2: 0.75, None: 1.0}[config.lr]
     count = round(share * len(data.held_out))
-    wrong = [1 - label for label in data.held_out_labels]
-    predictions = [*data.held_out_labels[:count], *wrong[count:]]
+    wrong = [1 - label for label in data.held_out.labels]
+    predictions = [*data.held_out.labels[:count], *wrong[count:]]
     report = {
         "metric": "accuracy", "value": share, "train_loss": 1 - share, "seconds": 1.0,
         "seconds_per_step": 0.1, "adapter_parameters": 100, "exported_parameters": 120,
         "peak_memory_bytes": 1_000_000, "ranks": {"layer.0.query": 3}, "command": "secret",
     }  # fmt: skip
-    return Outcome(report, [{"step": 1, "loss": 0.7}], predictions, share)
+    return Outcome(report, [{"step": 1, "loss": 0.7}], predictions, data.held_out.labels, share)
 
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[TrainConfig]:
     seen: list[TrainConfig] = []
 
-    def train(config: TrainConfig, data: TextData, choice: object) -> Outcome:
+    def train(config: TrainConfig, data: Data, choice: object) -> Outcome:
         seen.append(config)
         return fake(config, data, choice)
 
@@ -153,7 +154,7 @@ def test_a_stopped_comparison_goes_on(
     plan = read_plan(plan_file(files))
     whole = comparison.train
 
-    def stopping(config: TrainConfig, data: TextData, choice: object) -> Outcome:
+    def stopping(config: TrainConfig, data: Data, choice: object) -> Outcome:
         if len(trained) == 5:
             raise KeyboardInterrupt
         return whole(config, data, choice)
@@ -205,14 +206,14 @@ def test_a_folder_of_something_else_is_left_alone(files: Path, trained: list[Tra
 
 def test_the_held_back_rows_are_the_same_for_all_and_not_trained_on() -> None:
     texts = [(str(i),) for i in range(50)]
-    data = TextData(texts, list(range(50)), [("x",)], [0], ["0", "1"])
+    data = Data(Rows(texts, list(range(50))), Rows([("x",)], [0]), ["0", "1"])
     kept, back = split(data, 0.2)
-    assert (len(kept.train), len(back.texts)) == (40, 10)
-    assert sorted(kept.train + back.texts) == sorted(texts)
-    assert [int(text) for (text,) in back.texts] == back.labels
+    assert (len(kept.train), len(back.inputs)) == (40, 10)
+    assert sorted(kept.train.inputs + back.inputs) == sorted(texts)
+    assert [int(text) for (text,) in back.inputs] == back.labels
     assert split(data, 0.2)[1] == back
     with pytest.raises(SettingError, match="too few"):
-        split(TextData(texts[:1], [0], [], [], []), 0.5)
+        split(Data(Rows(texts[:1], [0]), Rows([], []), []), 0.5)
 
 
 # ---- what follows -------------------------------------------------------------------------------
@@ -232,7 +233,8 @@ def result(
     }  # fmt: skip
     history = [{"step": 1, "loss": 0.5}]
     return cell, {
-        "settings": {"method": method}, "failure": None, "report": report, "choice": choice, "history": history, "predictions": hits,
+        "settings": {"method": method}, "failure": None, "report": report, "choice": choice, "history": history,
+        "predictions": hits, "targets": [1] * len(hits),
     }  # fmt: skip
 
 
@@ -246,7 +248,7 @@ def test_the_step_size_is_chosen_on_the_held_back_rows_alone() -> None:
         result("t", "b", 0.3, 0, good, choice=0.9),
         result("t", "b", 0.3, 1, None),  # diverged once: not taken
     ]
-    summary = summarise(results, {"t": [1] * 10}, "a")
+    summary = summarise(results, "a")
     rows = {row["method"]: row for row in summary["rows"]}
     assert (rows["a"]["lr"], rows["a"]["value"]) == (0.2, 0.5)
     assert rows["b"]["lr"] == 0.1
@@ -262,7 +264,7 @@ def test_the_step_size_is_chosen_on_the_held_back_rows_alone() -> None:
 
 def test_a_method_that_always_diverges_has_no_score() -> None:
     results = [result("t", "a", None, 0, [1, 0]), result("t", "b", 1.0, 0, None)]
-    summary = summarise(results, {"t": [1, 1]}, "a")
+    summary = summarise(results, "a")
     assert summary["rows"][1]["value"] is None
     assert "none (1 of 1 diverged)" in table(summary)
 
@@ -270,12 +272,11 @@ def test_a_method_that_always_diverges_has_no_score() -> None:
 def test_the_interval_is_the_one_of_a_plain_bootstrap() -> None:
     generator = torch.Generator().manual_seed(5)
     rows, seeds = 80, 3
-    labels = [1] * rows
     ours = [(torch.rand(rows, generator=generator) < 0.8).int().tolist() for _ in range(seeds)]
     theirs = [(torch.rand(rows, generator=generator) < 0.7).int().tolist() for _ in range(seeds)]
     results = [result("t", "theirs", None, s, theirs[s]) for s in range(seeds)]
     results += [result("t", "ours", None, s, ours[s]) for s in range(seeds)]
-    found = summarise(results, {"t": labels}, "theirs")["rows"][1]["difference"]
+    found = summarise(results, "theirs")["rows"][1]["difference"]
 
     gaps = torch.tensor(ours).double() - torch.tensor(theirs).double()  # (seeds, rows)
     draws = []
@@ -301,7 +302,7 @@ def test_the_mean_over_tasks_has_an_interval_of_its_own() -> None:
             drawn[task, method] = hits.double()
             results += [result(task, method, None, s, hits[s].tolist()) for s in range(seeds)]
     results.append(result("s", "third", None, 0, [1] * rows))
-    summary = summarise(results, {"s": [1] * rows, "t": [1] * rows}, "theirs")
+    summary = summarise(results, "theirs")
     theirs, ours = summary["means"]
     assert (theirs["method"], ours["method"]) == ("theirs", "ours")
     assert "difference" not in theirs
@@ -330,10 +331,10 @@ def test_runs_made_after_the_choice_do_not_change_it() -> None:
         result("t", "a", 0.2, 0, [1, 1], choice=0.7),
         result("t", "a", 0.1, 1, [1, 1], choice=0.1),
     ]
-    (row,) = summarise(results, {"t": [1, 1]}, "a")["rows"]
+    (row,) = summarise(results, "a")["rows"]
     assert (row["lr"], row["seeds"]) == (0.2, 1)
     results[2][1]["choice"] = None  # another seed at the step size that had been chosen
-    (row,) = summarise(results, {"t": [1, 1]}, "a")["rows"]
+    (row,) = summarise(results, "a")["rows"]
     assert (row["lr"], row["seeds"], row["value"]) == (0.1, 2, 0.75)
     assert row["choice"] == 0.8
 
@@ -345,7 +346,7 @@ def test_only_common_seeds_are_paired() -> None:
         result("t", "b", None, 0, [1, 1, 1, 0]),
         result("t", "b", None, 1, [0, 0, 0, 0]),
     ]
-    row = summarise(results, {"t": [1] * 4}, "a")["rows"][1]
+    row = summarise(results, "a")["rows"][1]
     assert row["difference"]["mean"] == pytest.approx(0.25)
     assert row["difference"]["seeds"] == 1
 

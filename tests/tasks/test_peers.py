@@ -12,9 +12,11 @@ import geolora
 from geolora.errors import DivergedError, SettingError
 from geolora.factors import read_pair
 from geolora.pairs import find_pairs
-from geolora.tasks import text_classification as task
+from geolora.tasks import training as task
 from geolora.tasks.config import TrainConfig, check
 from geolora.tasks.peers import METHODS, TRUNCATED, truncate
+from geolora.tasks.task import Data
+from geolora.tasks.text_classification import labelled_texts
 from models import lora_net, reviews, tiny_bert
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
@@ -37,14 +39,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def data() -> task.TextData:
+def data() -> Data:
     train, held_out = reviews(120), reviews(60, seed=1)
-    return task.with_classes(
-        [(row["text"],) for row in train],
-        [row["label"] for row in train],
-        [(row["text"],) for row in held_out],
-        [row["label"] for row in held_out],
-    )
+    return labelled_texts(train, held_out)
 
 
 def settings(model: Path, method: str, **more: object) -> TrainConfig:
@@ -58,7 +55,7 @@ def settings(model: Path, method: str, **more: object) -> TrainConfig:
 
 
 @pytest.fixture(scope="module")
-def outcomes(model: Path, data: task.TextData) -> dict[str, task.Outcome]:
+def outcomes(model: Path, data: Data) -> dict[str, task.Outcome]:
     return {method: task.train(settings(model, method), data) for method in METHODS}
 
 
@@ -66,14 +63,14 @@ def outcomes(model: Path, data: task.TextData) -> dict[str, task.Outcome]:
 @pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match:RuntimeWarning")
 @pytest.mark.parametrize("method", METHODS)
 def test_stock_peft_predicts_what_was_scored(
-    model: Path, data: task.TextData, outcomes: dict[str, task.Outcome], method: str
+    model: Path, data: Data, outcomes: dict[str, task.Outcome], method: str
 ) -> None:
     outcome = outcomes[method]
     folder = model.parent / method / "adapter"
     base = AutoModelForSequenceClassification.from_pretrained(model, num_labels=2)
     loaded = PeftModel.from_pretrained(base, str(folder)).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    texts = [text for (text,) in data.held_out]
+    texts = [text for (text,) in data.held_out.inputs]
     with torch.no_grad():
         logits = loaded(**tokenizer(texts, padding=True, return_tensors="pt")).logits
     close = (logits[:, 0] - logits[:, 1]).abs() < 1e-4
@@ -84,7 +81,7 @@ def test_stock_peft_predicts_what_was_scored(
 
 
 @pytest.mark.parametrize("method", ["lora", "geolora"])
-def test_a_start_from_the_gradient(model: Path, data: task.TextData, method: str) -> None:
+def test_a_start_from_the_gradient(model: Path, data: Data, method: str) -> None:
     output = model.parent / f"lora-one-{method}"
     config = settings(model, method, init="lora-one", lr=0.0, max_steps=2, output=str(output))
     task.train(config, data)
@@ -140,13 +137,11 @@ def test_truncation_is_the_best_within_the_budget() -> None:
         truncate(lora_net(r=4), sum(costs) - 1)
 
 
-def test_eva_sees_rows_enough_for_a_pooler(model: Path, data: task.TextData) -> None:
+def test_eva_sees_rows_enough_for_a_pooler(model: Path, data: Data) -> None:
     """PEFT waits for ever for a layer that sees fewer vectors in a batch than it has directions."""
     config = settings(model, "eva", batch_size=4, output=str(model.parent / "small-batches"))
     assert task.train(config, data).report["steps"] == 60
-    few = task.TextData(
-        data.train[:10], data.train_labels[:10], data.held_out, data.held_out_labels, data.names
-    )
+    few = Data(data.train.at(range(10)), data.held_out, data.names)
     config = settings(model, "eva", max_steps=2, batch_size=5, output=str(model.parent / "few"))
     with pytest.raises(SettingError, match="`--rank` 6 with eva needs 12 training rows or more"):
         task.train(config, few)
@@ -155,7 +150,7 @@ def test_eva_sees_rows_enough_for_a_pooler(model: Path, data: task.TextData) -> 
 @pytest.mark.filterwarnings("ignore:.*(overflow|invalid value).*:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore::geolora.errors.SkippedStepWarning")
 @pytest.mark.parametrize("method", ["lora", "eva", "riemannian", "adalora"])
-def test_a_peer_that_diverges_is_an_error(model: Path, data: task.TextData, method: str) -> None:
+def test_a_peer_that_diverges_is_an_error(model: Path, data: Data, method: str) -> None:
     output = model.parent / f"diverged-{method}"
     config = settings(model, method, lr=1e30, max_steps=12, output=str(output))
     with pytest.raises(DivergedError, match="training diverged: after step .* Lower `--lr`"):

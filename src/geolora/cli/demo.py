@@ -49,17 +49,14 @@ def run(arguments: argparse.Namespace) -> None:
     output.mkdir(parents=True)
     (output / "demo.json").write_text("{}\n", encoding="utf-8")  # whose folder it is
 
-    from geolora.tasks import text_classification as task
     from geolora.tasks.checkpoints import Stopped
+    from geolora.tasks.config import TrainConfig
     from geolora.tasks.docstrings import docstring_themes
+    from geolora.tasks.text_classification import labelled_texts
+    from geolora.tasks.training import train as train_on
 
     train, held_out = docstring_themes(seed=arguments.seed)
-    data = task.with_classes(
-        [(row["text"],) for row in train],
-        [row["label"] for row in train],
-        [(row["text"],) for row in held_out],
-        [row["label"] for row in held_out],
-    )
+    data = labelled_texts(train, held_out)
     say(
         f"Task: which of {len(data.names)} themes is a docstring of Python's standard library about? "
         f"{len(train)} to train on, {len(held_out)} held out."
@@ -74,7 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
     reports = {}
     for name, settings in RUNS.items():
         say(f"\nFine-tuning with {name}, {arguments.steps} steps:")
-        config = task.TrainConfig(
+        config = TrainConfig(
             model=str(model),
             max_steps=arguments.steps,
             max_length=MAX_LENGTH,
@@ -83,7 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
             **settings,
         )
         try:
-            reports[name] = task.train(config, data).report
+            reports[name] = train_on(config, data).report
         except Stopped:
             raise KeyboardInterrupt(
                 "stopped. The demo starts from its beginning, with --overwrite."
@@ -122,8 +119,8 @@ def frozen_floor(model: Path, data: Any) -> tuple[float, float]:
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GridSearchCV
 
-    train, held_out = (features(model, rows) for rows in (data.train, data.held_out))
-    labels, wanted = np.array(data.train_labels), np.array(data.held_out_labels)
+    train, held_out = (features(model, rows.inputs) for rows in (data.train, data.held_out))
+    labels, wanted = np.array(data.train.labels), np.array(data.held_out.labels)
     majority = float((wanted == np.bincount(labels).argmax()).mean())
     regression = GridSearchCV(LogisticRegression(max_iter=1000), {"C": [1, 10, 100]}, cv=3)
     regression.fit(train, labels)

@@ -44,14 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Train, and print the result."""
-    from geolora.tasks import text_classification as task
+    from geolora.tasks import training
     from geolora.tasks.strict_yaml import read_yaml, settings_of
 
     path, names = arguments.config, [spec.name for spec in dataclasses.fields(TrainConfig)]
     given = {name: value for name, value in vars(arguments).items() if name in names}
     written = settings_of(read_yaml(path), TrainConfig, path) if path else {}
     config = TrainConfig(**{**written, **given})
-    report = task.run(config)
+    report = training.run(config)
     draw_rank_map(config.output)
     print(summary(report, config.output, config.budget))
 

@@ -22,14 +22,8 @@ from geolora.tasks.config import TrainConfig, check, unfinished
 from geolora.tasks.output import alone, check_output, clear, writing
 from geolora.tasks.plan import GRID, Cell, Plan
 from geolora.tasks.summary import summarise
-from geolora.tasks.text_classification import (
-    Rows,
-    TextData,
-    base_id,
-    digest_of,
-    load,
-    train,
-)
+from geolora.tasks.task import Data, Rows
+from geolora.tasks.training import base_id, load, train
 
 
 def run_all(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
@@ -74,13 +68,12 @@ def run_all(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
             left = (time.perf_counter() - begun) / number * (len(todo) - number)
             say(f"{number}/{len(todo)}  {cell.name}  {_short(result)}; {left / 60:.0f} min left")
         results = [(cell, json.loads(_file(plan, cell).read_text())) for cell in plan.cells]
-        labels = {task: parts[0].held_out_labels for task, parts in loaded.items()}
-        summary = summarise(results, labels, plan.against)
+        summary = summarise(results, plan.against)
         write_json(marker, summary)
     return summary
 
 
-def split(data: TextData, share: float) -> tuple[TextData, Rows]:
+def split(data: Data, share: float) -> tuple[Data, Rows]:
     """Hold back a share of the training rows, the same ones in every run and for every method."""
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(len(data.train), generator=generator).tolist()
@@ -88,20 +81,13 @@ def split(data: TextData, share: float) -> tuple[TextData, Rows]:
     if count >= len(order):
         raise SettingError(f"`choose_on`: {len(order)} training rows are too few to divide.")
     back, rest = sorted(order[:count]), sorted(order[count:])
-    kept = TextData(
-        [data.train[i] for i in rest],
-        [data.train_labels[i] for i in rest],
-        data.held_out,
-        data.held_out_labels,
-        data.names,
-    )
-    return kept, Rows([data.train[i] for i in back], [data.train_labels[i] for i in back])
+    return Data(data.train.at(rest), data.held_out, data.names), data.train.at(back)
 
 
 # ---- runs ---------------------------------------------------------------------------------------
 
 
-def _run(cell: Cell, data: TextData, choice: Rows) -> dict[str, Any]:
+def _run(cell: Cell, data: Data, choice: Rows) -> dict[str, Any]:
     """Train one cell, or go on with it; a run that diverges has no scores and says why."""
     if not unfinished(cell.config):
         clear(cell.config.output)
@@ -120,10 +106,11 @@ def _run(cell: Cell, data: TextData, choice: Rows) -> dict[str, Any]:
         "choice": found.choice,
         "history": found.history,
         "predictions": found.predictions,
+        "targets": found.targets,
     }
 
 
-def _done(plan: Plan, cell: Cell, data: TextData) -> bool:
+def _done(plan: Plan, cell: Cell, data: Data) -> bool:
     """Whether a cell has its file, and it is of these settings and data."""
     path = _file(plan, cell)
     if not path.exists():
@@ -157,9 +144,9 @@ def _stored(config: TrainConfig) -> dict[str, Any]:
     return {key: value for key, value in asdict(config).items() if key not in GRID[1:]}
 
 
-def _inputs(cell: Cell, data: TextData) -> str:
+def _inputs(cell: Cell, data: Data) -> str:
     """A hash of the data and the base model of a run."""
-    return hashlib.sha256(f"{digest_of(data)} {base_id(cell.config.model)}".encode()).hexdigest()
+    return hashlib.sha256(f"{data.digest()} {base_id(cell.config.model)}".encode()).hexdigest()
 
 
 def _short(result: dict[str, Any]) -> str:

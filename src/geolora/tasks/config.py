@@ -26,16 +26,25 @@ class TrainConfig:
 
     model: str = _flag("", "local model folder or hub name")
     train: str = _flag(
-        "", "training rows: .jsonl, .jsonl.gz, .csv or .parquet file, or hub set OWNER/NAME[:SPLIT]"
+        "",
+        "training rows: .jsonl, .jsonl.gz, .csv or .parquet file, or hub set OWNER/NAME[:SPLIT]; .txt file "
+        "(causal-lm); folder of class folders or .npz file (image-classification)",
     )
     eval: str = _flag("", "evaluation rows, of the same columns")
     train_rows: int | None = _flag(None, "use only the first rows of --train; all if not given")
     task: str = _flag(TASKS[0], "what is learnt", TASKS)
-    text: str = _flag("text", "column of the text")
+    text: str = _flag("text", "column of the text, or of the list of words (token-classification)")
+    image: str = _flag("image", "column of the picture: a path, or the picture itself")
     text_pair: str | None = _flag(None, "column of a second text, for pairs")
-    label: str = _flag("label", "column of the class or number")
+    label: str = _flag("label", "column of the class, number or list of tags")
+    prompt: str = _flag("prompt", "column of the prompt, for causal-lm with --completion")
+    completion: str = _flag("completion", "column of the answer to the prompt, which is learnt")
+    packing: bool = _flag(False, "several texts in one row of --max-length tokens (causal-lm)")
+    max_new_tokens: int = _flag(256, "tokens of a generated answer (--metric exact_match)")
     metric: str | None = _flag(
-        None, "score of the evaluation rows; accuracy or pearson if not given", tuple(METRICS)
+        None,
+        "score of the evaluation rows; accuracy, pearson or perplexity if not given",
+        tuple(METRICS),
     )
     method: str = _flag("geolora", "how the adapter is trained", METHODS)
     init: str = _flag(
@@ -53,7 +62,8 @@ class TrainConfig:
     max_steps: int | None = _flag(None, "number of steps; overrides --epochs")
     batch_size: int = _flag(32, "rows per step")
     max_length: int | None = _flag(
-        None, "tokens per row, longer texts are cut; 128 or the model's limit if not given"
+        None,
+        "tokens per row, longer texts are cut; 128 (causal-lm: 1024) or the model's limit if not given",
     )
     seed: int = _flag(0, "seed of the head, the adapter and the order of the data")
     save_every: int | None = _flag(None, "steps between checkpoints; none if not given")

@@ -1,5 +1,7 @@
 """Scores of predictions, plain or with weights on the rows (as a bootstrap draws them)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -44,18 +46,57 @@ def matthews(predictions: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     return torch.where(several, together / torch.where(several, size, 1.0), 0.0)
 
 
-METRICS = {"accuracy": accuracy, "matthews": matthews, "pearson": pearson}
-"""(predictions (n,), labels (n,), weights (*batch, n) float64) -> scores (*batch,) float64."""
+def f1(predictions: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """F1 of the second of two classes, or the mean F1 of more (*batch,); 0 of a class on neither side."""
+    classes = torch.cat([predictions, labels]).unique()
+    if int(classes.max()) < 2:
+        classes = torch.ones_like(classes[:1])
+    x, y = ((side.unsqueeze(-1) == classes).double() for side in (predictions, labels))
+    hits, sizes = weights @ (x * y), weights @ (x + y)
+    return torch.where(sizes > 0, 2 * hits / torch.where(sizes > 0, sizes, 1.0), 0.0).mean(-1)
 
+
+def share(predictions: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """Share of words that are right (*batch,), from how many of a row are, and how many it has."""
+    return (weights @ predictions.double()) / (weights @ labels.double())
+
+
+def entity_f1(predictions: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """F1 over all entities (*batch,), from [right, found] (n, 2) and how many a row has; 0 without any."""
+    hits, found = (weights @ predictions.double()).unbind(-1)
+    sizes = found + weights @ labels.double()
+    return torch.where(sizes > 0, 2 * hits / torch.where(sizes > 0, sizes, 1.0), 0.0)
+
+
+def perplexity(predictions: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """exp of the mean -log p of a token (*batch,), from sums over the tokens of a row and their number."""
+    return ((weights @ predictions.double()) / (weights @ labels.double())).exp()
+
+
+METRICS = {
+    "accuracy": accuracy,
+    "entity_f1": entity_f1,
+    "exact_match": accuracy,
+    "f1": f1,
+    "matthews": matthews,
+    "pearson": pearson,
+    "perplexity": perplexity,
+    "token_accuracy": share,
+}
+"""(predictions (n, ...), labels (n, ...), weights (*batch, n) float64) -> scores (*batch,) float64."""
+LOWER_IS_BETTER = ("perplexity",)
 
 METRICS_OF = {
-    "text-classification": ("accuracy", "matthews"),
+    "text-classification": ("accuracy", "matthews", "f1"),
     "text-regression": ("pearson",),
+    "token-classification": ("entity_f1", "token_accuracy"),
+    "image-classification": ("accuracy", "matthews", "f1"),
+    "causal-lm": ("perplexity", "exact_match"),
 }
 """Metrics of a task, the default first."""
 
 
-def score(metric: str, predictions: list[float], labels: list[float]) -> float:
+def score(metric: str, predictions: list[Any], labels: list[Any]) -> float:
     """The score of a list of predictions, every row counting once."""
     weights = torch.ones(len(labels), dtype=torch.float64)
     return float(METRICS[metric](torch.tensor(predictions), torch.tensor(labels), weights))

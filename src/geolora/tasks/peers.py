@@ -123,12 +123,18 @@ def check_method(config: "TrainConfig") -> None:
 
 
 def add_adapter(
-    model: nn.Module, config: "TrainConfig", new: list[str], total: int, batches: Batches
+    model: nn.Module,
+    config: "TrainConfig",
+    new: list[str],
+    kind: str,
+    total: int,
+    batches: Batches,
 ) -> Any:
     """A PeftModel with the method's adapter on all linear layers.
 
     Args:
         new: names of modules that are trained whole and saved (heads).
+        kind: PEFT's name of the task, "SEQ_CLS" say, or "" where it has none.
         total: steps of the run. batches: gives tokenised training batches of a size, for EVA.
 
     Raises:
@@ -139,8 +145,8 @@ def add_adapter(
     common: dict[str, Any] = {
         "lora_alpha": config.rank,
         "target_modules": "all-linear",
-        "exclude_modules": new,
-        "modules_to_save": new,
+        "exclude_modules": new or None,
+        "modules_to_save": new or None,
     }
     if config.method == "adalora":
         lora: Any = AdaLoraConfig(
@@ -165,7 +171,7 @@ def add_adapter(
     with warnings.catch_warnings():  # a hint how EVA's start needs less memory
         warnings.filterwarnings("ignore", "lora with eva initialization used", UserWarning)
         peft_model = get_peft_model(model, lora)
-    peft_model.peft_config["default"].task_type = TaskType.SEQ_CLS
+    peft_model.peft_config["default"].task_type = TaskType[kind] if kind else None
     if config.method == "eva":
         _eva_start(peft_model, config, batches)
     if config.method not in ("dora", "adalora"):

@@ -11,7 +11,10 @@ from geolora.tasks.strict_yaml import known_keys, mapping, of_type, read_yaml, s
 KEYS = ("output", "common", "tasks", "methods", "seeds", "choose_on", "against")
 GRID = ("seed", "output", "overwrite")
 """Settings of a run that the grid gives."""
-OF_TASKS = ("train", "eval", "train_rows", "task", "text", "text_pair", "label", "metric")
+OF_TASKS = (
+    "train", "eval", "train_rows", "task", "text", "text_pair", "image", "label", "prompt", "completion",
+    "packing", "max_new_tokens", "metric",
+)  # fmt: skip
 """Settings that all methods share on a task."""
 
 

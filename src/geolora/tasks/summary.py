@@ -10,16 +10,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from geolora.tasks.metrics import METRICS
+from geolora.tasks.metrics import LOWER_IS_BETTER, METRICS
 from geolora.tasks.plan import Cell
 
 RESAMPLES = 10_000
 INTERVAL = 0.95
 
 
-def summarise(
-    results: list[tuple[Cell, dict[str, Any]]], labels: dict[str, list[Any]], against: str
-) -> dict[str, Any]:
+def summarise(results: list[tuple[Cell, dict[str, Any]]], against: str) -> dict[str, Any]:
     """Rows of the table, curves over step sizes, and rank maps, from the runs.
 
     Returns:
@@ -49,7 +47,7 @@ def summarise(
         row |= _costs(whole)
         rivals = by_cell[task, against][chosen[task, against]]
         if method != against:
-            gap = _gap(whole, rivals, labels[task], zlib.crc32(task.encode()))
+            gap = _gap(whole, rivals, zlib.crc32(task.encode()))
             row["difference"] = gap and _interval([gap])
             if gap:
                 gaps.setdefault(method, {})[task] = gap
@@ -91,12 +89,17 @@ def _best_lr(runs: dict[float | None, list[dict[str, Any]]]) -> float | None:
     """
 
     def worth(lr: float | None) -> tuple[bool, float, float]:
-        whole = [run["choice"] for run in runs[lr] if not run["failure"]]
-        scores = [score for score in whole if score is not None]
+        whole = [run for run in runs[lr] if not run["failure"]]
+        scores = [_worth(run) for run in whole if run["choice"] is not None]
         mean = statistics.fmean(scores) if scores else -math.inf
         return len(whole) == len(runs[lr]), mean, -(lr or 0.0)
 
     return max(runs, key=worth)
+
+
+def _worth(run: dict[str, Any]) -> float:
+    """The score on the choosing rows, the larger the better."""
+    return -run["choice"] if run["report"]["metric"] in LOWER_IS_BETTER else run["choice"]
 
 
 def _scores(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -131,9 +134,7 @@ class _Gap(NamedTuple):
     seeds: int
 
 
-def _gap(
-    ours: list[dict[str, Any]], theirs: list[dict[str, Any]], labels: list[Any], seed: int
-) -> _Gap | None:
+def _gap(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], seed: int) -> _Gap | None:
     """The difference of two methods, seeds paired; None where they have no seed in common.
 
     Rows of the evaluation set and seeds are both drawn again with replacement, the same draw for
@@ -144,7 +145,8 @@ def _gap(
     if not pairs:
         return None
     metric = METRICS[pairs[0][0]["report"]["metric"]]
-    target, rows = torch.tensor(labels), len(labels)
+    target = torch.tensor(pairs[0][0]["targets"])
+    rows = len(target)
     generator = torch.Generator().manual_seed(seed)
     draws = []
     for _ in range(RESAMPLES // 1000):  # in parts: a part holds 1000 x rows numbers

@@ -1,0 +1,332 @@
+"""Causal language modelling and instruction tuning through TRL's `SFTTrainer`.
+
+Rows are plain texts (`text`, or a .txt file), a prompt and a completion, or `messages` of a chat. The loss is on
+all tokens of a text, on the completion, or on what the assistant says.
+"""
+
+import gzip
+import re
+from collections.abc import Sequence
+from dataclasses import fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from geolora.errors import DataError, ModelError, SettingError
+from geolora.tasks.config import TrainConfig
+from geolora.tasks.data import nearest
+from geolora.tasks.task import Data, Loaded, Predictions, Rows, Task, loading, rows_of
+from geolora.tasks.tokenizers import max_length, pad
+
+MAX_LENGTH = 1024
+EVAL_BATCH = 8
+CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
+IGNORED = -100
+"""Label of a token that is no part of the loss."""
+TEXT_FILES = (".txt", ".txt.gz")
+ANSWER = re.compile(r"####\s*(.+)")
+NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
+
+
+class CausalLM(Task):
+    """Texts to their next tokens."""
+
+    peft_type = "CAUSAL_LM"
+
+    def read(self, config: TrainConfig) -> Data:
+        """One input per row: {"text"}, {"prompt", "completion"} or {"messages"}."""
+        if find_spec("trl") is None:
+            raise SettingError(
+                "`--task causal-lm` needs the package `trl`. Install geolora[lm]: "
+                "pip install 'geolora[lm]'."
+            )
+        sides = [_inputs(config, flag) for flag in ("--train", "--eval")]
+        if config.metric == "exact_match" and "text" in sides[1][0]:
+            raise SettingError(
+                "`--metric exact_match` needs a prompt and a completion, or messages; "
+                f"{Path(config.eval).name} has plain texts."
+            )
+        train, held_out = (Rows(inputs, [None] * len(inputs)) for inputs in sides)
+        return Data(train, held_out, [])
+
+    def load(self, config: TrainConfig, data: Data) -> Loaded:
+        """A causal model as it is, without a new head."""
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+        def load(source: str) -> Any:
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            return tokenizer, AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False)
+
+        tokenizer, model = loading(config, load)
+        pad(tokenizer, model, config)
+        tokenizer.model_max_length = max_length(tokenizer, model, config, MAX_LENGTH)
+        if "messages" in data.train.inputs[0] and not tokenizer.chat_template:
+            raise ModelError(
+                f"`--model`: the tokenizer of {config.model} has no chat template, which `messages` need. "
+                "Choose a chat model, or give a prompt and a completion."
+            )
+        collate = DataCollatorForLanguageModeling(
+            tokenizer.pad_token_id, padding_free=config.packing
+        )
+        return Loaded(model, tokenizer, [], collate)
+
+    def encode(self, loaded: Loaded, rows: Rows, config: TrainConfig) -> list[dict[str, Any]]:
+        """Tokens and labels; longer texts in windows, longer answers cut; packed where asked for.
+
+        Raises:
+            DataError: no row has a token to learn from.
+        """
+        found = self._plain(loaded, rows)
+        if not config.packing:
+            return found
+        from datasets import Dataset
+        from datasets.utils import disable_progress_bars
+        from trl.data_utils import pack_dataset
+
+        disable_progress_bars()
+        packed = pack_dataset(Dataset.from_list(found), loaded.processor.model_max_length)
+        return packed.to_list()
+
+    def _plain(self, loaded: Loaded, rows: Rows) -> list[dict[str, Any]]:
+        tokenizer, found = loaded.processor, []
+        for row in rows.inputs:
+            if "text" in row:
+                ids = tokenizer(row["text"] + (tokenizer.eos_token or ""), verbose=False)[
+                    "input_ids"
+                ]
+                size = tokenizer.model_max_length
+                windows = (ids[at : at + size] for at in range(0, len(ids), size))
+                found += [{"input_ids": some, "labels": some} for some in windows if len(some) > 1]
+                continue
+            example = (
+                of_chat(tokenizer, row["messages"])
+                if "messages" in row
+                else of_pair(tokenizer, row)
+            )
+            cut = {key: value[: tokenizer.model_max_length] for key, value in example.items()}
+            if any(label != IGNORED for label in cut["labels"][1:]):
+                found.append(cut)
+        if not found:
+            raise DataError(
+                f"`--train`: no row has an answer within {tokenizer.model_max_length} tokens. "
+                "Raise `--max-length`."
+            )
+        return found
+
+    def trainer(
+        self,
+        loaded: Loaded,
+        examples: list[Any],
+        order: list[int],
+        settings: dict[str, Any],
+        **more: Any,
+    ) -> Any:
+        """TRL's, over examples that are ready."""
+        from datasets import Dataset
+        from trl.trainer.sft_config import SFTConfig
+        from trl.trainer.sft_trainer import SFTTrainer
+
+        known = {field.name for field in fields(SFTConfig)}
+        settings = {  # TRL's defaults are bf16 and checkpointing, which has two names
+            **settings,
+            next(name for name in CHECKPOINTING if name in known): False,
+            "bf16": False,
+            "max_length": None,
+            "dataset_kwargs": {"skip_prepare_dataset": True},
+        }
+        return SFTTrainer(
+            args=SFTConfig(**settings),
+            train_dataset=Dataset.from_list(examples).select(order),
+            data_collator=loaded.collate,
+            processing_class=loaded.processor,
+            **more,
+        )
+
+    def predict(self, trainer: Any, loaded: Loaded, rows: Rows, config: TrainConfig) -> Predictions:
+        """Sums of negative log-likelihoods and counts of tokens, or which answers are right."""
+        model = trainer.model.eval()
+        if config.metric == "exact_match":
+            return _answers(model, loaded.processor, rows, config.max_new_tokens)
+        return _likelihoods(model, loaded, self._plain(loaded, rows))
+
+
+def of_pair(tokenizer: Any, row: dict[str, str]) -> dict[str, list[int]]:
+    """Tokens of a prompt and a completion, each tokenised for itself: where one ends is never in doubt."""
+    prompt = tokenizer(row["prompt"])["input_ids"]
+    if prompt and prompt[-1] == tokenizer.eos_token_id:
+        prompt = prompt[:-1]
+    completion = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
+    if tokenizer.eos_token_id is not None:
+        completion = [*completion, tokenizer.eos_token_id]
+    return {"input_ids": prompt + completion, "labels": [IGNORED] * len(prompt) + completion}
+
+
+def of_chat(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> dict[str, list[int]]:
+    """Tokens of a chat by the tokenizer's template; labels where the assistant speaks."""
+
+    def ids(count: int, begun: bool) -> list[int]:
+        return tokenizer.apply_chat_template(
+            list(messages[:count]), add_generation_prompt=begun, tokenize=True, return_dict=False
+        )
+
+    whole = ids(len(messages), False)
+    labels = [IGNORED] * len(whole)
+    for place, message in enumerate(messages):
+        if message.get("role") != "assistant":
+            continue
+        first = _common(ids(place, True), whole)
+        last = _common(ids(place + 1, False), whole)
+        labels[first:last] = whole[first:last]
+    return {"input_ids": whole, "labels": labels}
+
+
+def _common(part: list[int], whole: list[int]) -> int:
+    """Length of the common beginning."""
+    return next(
+        (at for at, (a, b) in enumerate(zip(part, whole, strict=False)) if a != b),
+        min(len(part), len(whole)),
+    )
+
+
+# ---- reading ------------------------------------------------------------------------------------
+
+
+def _inputs(config: TrainConfig, flag: str) -> list[dict[str, Any]]:
+    path = config.train if flag == "--train" else config.eval
+    if path.endswith(TEXT_FILES):
+        return [{"text": _text(Path(path), flag)}]
+    rows = rows_of(config, flag)
+    columns = _columns(config, rows[0], flag, path)
+    return [_checked(row, columns, number, flag, path) for number, row in enumerate(rows, 1)]
+
+
+def _text(path: Path, flag: str) -> str:
+    try:
+        opened = gzip.open if path.name.endswith(".gz") else open
+        with opened(path, "rt", encoding="utf-8") as file:
+            text = file.read()
+    except (OSError, EOFError, ValueError) as error:
+        raise DataError(f"`{flag}`: {path} cannot be read: {error}.") from error
+    if not text.strip():
+        raise DataError(f"`{flag}` must have text; {path} is empty.")
+    return text
+
+
+def _columns(config: TrainConfig, row: dict[str, Any], flag: str, path: str) -> dict[str, str]:
+    """{what it is: its column}: prompt and completion, messages, or text, the first that is there."""
+    pair = {"prompt": config.prompt, "completion": config.completion}
+    if all(name in row for name in pair.values()):
+        return pair
+    if "messages" in row:
+        return {"messages": "messages"}
+    if config.text in row:
+        return {"text": config.text}
+    known = sorted(key for key in row if key is not None)
+    raise DataError(
+        f"`{flag}`: {Path(path).name} must have columns `{config.prompt}` and `{config.completion}`, "
+        f"`messages`, or `{config.text}`; it has {known}. Name them by --prompt and --completion, or --text."
+        f"{nearest(config.text, known)}"
+    )
+
+
+def _checked(
+    row: dict[str, Any], columns: dict[str, str], number: int, flag: str, path: str
+) -> dict[str, Any]:
+    found = {kind: row.get(name) for kind, name in columns.items()}
+    where = f"`{flag}`: row {number} of {Path(path).name}"
+    if "messages" in found:
+        given = found["messages"]
+        messages = [m for m in given if isinstance(m, dict)] if isinstance(given, list) else []
+        messages = [{key: m.get(key) for key in ("role", "content")} for m in messages]
+        good = all(isinstance(value, str) for m in messages for value in m.values())
+        if not good or not any(m["role"] == "assistant" for m in messages):
+            raise DataError(
+                f"{where} must have `messages` [{{role, content}}, …] with an assistant's among them."
+            )
+        return {"messages": messages}
+    for kind, value in found.items():
+        if not isinstance(value, str):
+            shown = "nothing" if value is None else type(value).__name__
+            raise DataError(f"{where} must have text in column `{columns[kind]}`; got {shown}.")
+    return found
+
+
+# ---- scoring ------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def _likelihoods(model: Any, loaded: Loaded, examples: list[dict[str, Any]]) -> Predictions:
+    """Per example the sum of -log p over the tokens with a label, in nats, and their number."""
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))
+    sums, counts = [0.0] * len(examples), [0] * len(examples)
+    width = torch.nn.utils.rnn.pad_sequence
+    for at in range(0, len(order), EVAL_BATCH):
+        places = order[at : at + EVAL_BATCH]
+        ids = [torch.tensor(examples[i]["input_ids"]) for i in places]
+        batch = {
+            "input_ids": width(ids, True, loaded.processor.pad_token_id),
+            "attention_mask": width([torch.ones_like(row) for row in ids], True, 0),
+        }
+        labels = width([torch.tensor(examples[i]["labels"]) for i in places], True, IGNORED)
+        batch = {key: value.to(model.device) for key, value in batch.items()}
+        logits = model(**batch).logits[:, :-1].float()
+        labels = labels[:, 1:].to(model.device)
+        lost = torch.nn.functional.cross_entropy(
+            logits.mT, labels, reduction="none", ignore_index=IGNORED
+        )
+        for i, total, count in zip(
+            places, lost.double().sum(1).tolist(), (labels != IGNORED).sum(1).tolist(), strict=True
+        ):
+            sums[i], counts[i] = total, count
+    return Predictions(sums, counts)
+
+
+@torch.inference_mode()
+def _answers(model: Any, tokenizer: Any, rows: Rows, new: int) -> Predictions:
+    """1 for every row whose greedy answer is the wanted one, else 0; and what is wanted, ones."""
+    prompts, wanted = [], []
+    for row in rows.inputs:
+        if "messages" in row:
+            last = max(i for i, m in enumerate(row["messages"]) if m["role"] == "assistant")
+            wanted.append(answer(row["messages"][last]["content"]))
+            prompts.append(
+                tokenizer.apply_chat_template(
+                    row["messages"][:last],
+                    add_generation_prompt=True,
+                    tokenize=True,
+                    return_dict=False,
+                )
+            )
+        else:
+            wanted.append(answer(row["completion"]))
+            prompts.append(of_pair(tokenizer, {**row, "completion": ""})["input_ids"][:-1])
+    hits = [0] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for at in range(0, len(order), EVAL_BATCH):
+        places = order[at : at + EVAL_BATCH]
+        size = max(len(prompts[i]) for i in places)
+        batch = tokenizer.pad(
+            {"input_ids": [prompts[i] for i in places]}, padding_side="left", return_tensors="pt"
+        ).to(model.device)
+        out = model.generate(
+            **batch, max_new_tokens=new, do_sample=False, pad_token_id=tokenizer.pad_token_id
+        )
+        for i, text in zip(
+            places, tokenizer.batch_decode(out[:, size:], skip_special_tokens=True), strict=True
+        ):
+            hits[i] = int(answer(text) == wanted[i])
+    return Predictions(hits, [1] * len(hits))
+
+
+def answer(text: str) -> str:
+    """The answer in a text: what follows `####`, else the last number, else all of it."""
+    marked = ANSWER.search(text)
+    text = marked[1] if marked else text
+    numbers = NUMBER.findall(text)
+    if not numbers:
+        return " ".join(text.split())
+    number = numbers[-1].replace(",", "").replace("$", "")
+    return number.rstrip("0").rstrip(".") if "." in number else number

@@ -1,0 +1,221 @@
+"""Image classification: a folder of class folders, an .npz file, or rows with a path or a picture."""
+
+import io
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from geolora.errors import DataError, SettingError
+from geolora.tasks.config import TrainConfig
+from geolora.tasks.data import column as column_of
+from geolora.tasks.data import nearest
+from geolora.tasks.task import Data, Loaded, Rows, Task, class_settings, heads, loading, rows_of
+from geolora.tasks.text_classification import with_classes
+
+PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+ARRAYS = {
+    "--train": {"images": ("images", "x", "x_train"), "labels": ("labels", "y", "y_train")},
+    "--eval": {"images": ("images", "x", "x_test"), "labels": ("labels", "y", "y_test")},
+}
+"""What an .npz file must hold, and the names it may have."""
+
+
+class ImageClassification(Task):
+    """Pictures to a class."""
+
+    peft_type = ""
+
+    def read(self, config: TrainConfig) -> Data:
+        """Pictures as arrays (height, width[, 3]) uint8, or as (path, size of the file in bytes)."""
+        if find_spec("PIL") is None:
+            raise SettingError(
+                "`--task image-classification` needs the package `pillow`. Install geolora[images]: "
+                "pip install 'geolora[images]'."
+            )
+        train, held_out = (_pictures(config, flag) for flag in ("--train", "--eval"))
+        return with_classes(train, held_out, config.label)
+
+    def load(self, config: TrainConfig, data: Data) -> Loaded:
+        """With a head for the classes; pictures are made as the model's image processor says."""
+        from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+        def load(source: str) -> Any:
+            processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
+            return processor, *AutoModelForImageClassification.from_pretrained(
+                source,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                trust_remote_code=False,
+                **class_settings(data.names),
+            )
+
+        processor, model, info = loading(config, load)
+
+        def collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+            pictures = [opened(example["image"]) for example in examples]
+            pixels = processor(images=pictures, return_tensors="pt")["pixel_values"]
+            return {
+                "pixel_values": pixels,
+                "labels": torch.tensor([example["labels"] for example in examples]),
+            }
+
+        return Loaded(model, processor, heads(model, info), collate)
+
+    def encode(
+        self,
+        loaded: Loaded,  # noqa: ARG002
+        rows: Rows,
+        config: TrainConfig,  # noqa: ARG002
+    ) -> list[dict[str, Any]]:
+        """The pictures as they are: they become tensors batch by batch."""
+        return [
+            {"image": image, "labels": label}
+            for image, label in zip(rows.inputs, rows.labels, strict=True)
+        ]
+
+    def length(self, example: dict[str, Any]) -> int:  # noqa: ARG002
+        """All alike."""
+        return 1
+
+    def trainer(
+        self,
+        loaded: Loaded,
+        examples: list[Any],
+        order: list[int],
+        settings: dict[str, Any],
+        **more: Any,
+    ) -> Any:
+        """Trainer's own, which must not drop what it does not know from the examples."""
+        settings = {**settings, "remove_unused_columns": False}
+        return super().trainer(loaded, examples, order, settings, **more)
+
+
+def opened(image: Any) -> Any:
+    """A PIL image in RGB, of an array or a file.
+
+    Raises:
+        DataError: the file is not a picture.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    if not isinstance(image, tuple):
+        return Image.fromarray(image).convert("RGB")
+    try:
+        with Image.open(image[0]) as file:
+            return file.convert("RGB")
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise DataError(f"{image[0]} is not a picture that can be read: {error}.") from error
+
+
+def _pictures(config: TrainConfig, flag: str) -> Rows:
+    source = config.train if flag == "--train" else config.eval
+    path = Path(source)
+    if path.is_dir():
+        rows = _of_folder(path, flag)
+    elif path.name.endswith(".npz"):
+        rows = _of_arrays(path, flag)
+    else:
+        return _of_rows(config, flag)  # has cut to --train-rows itself
+    return (
+        rows.at(range(min(len(rows), config.train_rows or len(rows))))
+        if flag == "--train"
+        else rows
+    )
+
+
+def _of_folder(folder: Path, flag: str) -> Rows:
+    """Every class a folder of pictures, in the order of their names, classes taking turns.
+
+    So `--train-rows` keeps all classes.
+    """
+    classes = sorted(path for path in folder.iterdir() if path.is_dir())
+    files = {
+        path.name: sorted(file for file in path.rglob("*") if file.suffix.lower() in PICTURES)
+        for path in classes
+    }
+    turns = [(place, name, file) for name, some in files.items() for place, file in enumerate(some)]
+    turns.sort(key=lambda turn: turn[:2])
+    if not turns:
+        raise DataError(
+            f"`{flag}`: {folder} must hold a folder of pictures ({', '.join(PICTURES)}) per class; "
+            "it has none."
+        )
+    return Rows(
+        [(str(file.resolve()), file.stat().st_size) for _, _, file in turns],
+        [name for _, name, _ in turns],
+    )
+
+
+def _of_arrays(path: Path, flag: str) -> Rows:
+    """`images` (n, height, width[, 3]) uint8 and `labels` (n,), or by a name of `ARRAYS`; `names` where there are any."""
+    import zipfile
+
+    import numpy as np
+
+    found = {}
+    try:
+        with path.open("rb") as opened_file, np.load(opened_file, allow_pickle=False) as file:
+            for kind, known in ARRAYS[flag].items():
+                name = next((name for name in known if name in file.files), None)
+                if name is None:
+                    raise DataError(
+                        f"`{flag}`: {path.name} must hold {' or '.join(known)}; it has {file.files}."
+                        f"{nearest(kind, file.files)}"
+                    )
+                found[kind] = file[name]
+            names = [str(name) for name in file["names"]] if "names" in file.files else None
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+        raise DataError(f"`{flag}`: {path} cannot be read: {error}.") from error
+    images, labels = found["images"], found["labels"]
+    flat = images.dtype == np.uint8 and (
+        images.ndim == 3 or (images.ndim == 4 and images.shape[-1] == 3)
+    )
+    if not flat or labels.shape != images.shape[:1] or not len(labels):
+        raise DataError(
+            f"`{flag}`: {path.name} must hold images (n, height, width) or (n, height, width, 3) of uint8 and "
+            f"n labels; got {images.dtype} {images.shape} and {labels.shape}."
+        )
+    values = labels.tolist()
+    try:
+        return Rows(list(images), [names[value] for value in values] if names else values)
+    except (IndexError, TypeError) as error:
+        raise DataError(
+            f"`{flag}`: `names` of {path.name} must have an entry per label; it has {len(names or [])}."
+        ) from error
+
+
+def _of_rows(config: TrainConfig, flag: str) -> Rows:
+    """Column `--image`: a path from the file's folder, or the bytes of a picture as hub sets hold it."""
+    source = config.train if flag == "--train" else config.eval
+    rows, name = rows_of(config, flag), Path(source).name
+    images = column_of(rows, config.image, "--image", name)
+    labels = column_of(rows, config.label, "--label", name)
+    folder = Path(source).parent
+    return Rows([_picture(i, image, folder, name) for i, image in enumerate(images, 1)], labels)
+
+
+def _picture(number: int, image: Any, folder: Path, name: str) -> Any:
+    import numpy as np
+    from PIL import Image, UnidentifiedImageError
+
+    if isinstance(image, str):
+        path = (folder / image).resolve()
+        if not path.is_file():
+            raise DataError(
+                f"`--image`: row {number} of {name} names {image}, which does not exist."
+            )
+        return str(path), path.stat().st_size
+    if isinstance(image, dict) and image.get("bytes"):
+        try:
+            image = Image.open(io.BytesIO(image["bytes"]))
+        except (OSError, TypeError, UnidentifiedImageError) as error:
+            raise DataError(
+                f"`--image`: row {number} of {name} holds no picture: {error}."
+            ) from error
+    if isinstance(image, Image.Image):
+        return np.asarray(image.convert("RGB"))
+    raise DataError(
+        f"`--image`: row {number} of {name} must hold a path or a picture; got {type(image).__name__}."
+    )

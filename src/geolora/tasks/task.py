@@ -1,0 +1,232 @@
+"""What a task is: what differs between text, images and language, behind one training (`training.py`)."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch.utils.data import Subset
+
+from geolora.errors import DataError, ModelError
+from geolora.tasks.data import read_rows
+
+if TYPE_CHECKING:
+    from geolora.tasks.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Inputs, in the form a task's `encode` takes, and their labels; as many of both."""
+
+    inputs: list[Any]
+    labels: list[Any]
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def at(self, indices: Sequence[int]) -> "Rows":
+        """The rows of these indices."""
+        return Rows([self.inputs[i] for i in indices], [self.labels[i] for i in indices])
+
+
+@dataclass(frozen=True)
+class Data:
+    """Rows to train on and rows to score on.
+
+    Attributes:
+        names: class names by index; empty where there are no classes.
+    """
+
+    train: Rows
+    held_out: Rows
+    names: list[str]
+
+    def digest(self) -> str:
+        """A hash of everything that is learnt from and scored on."""
+        found = hashlib.sha256(json.dumps(self.names).encode())
+        for values in (
+            side for rows in (self.train, self.held_out) for side in (rows.inputs, rows.labels)
+        ):
+            found.update(f"{len(values)} values\n".encode())
+            for value in values:
+                found.update(_bytes_of(value) + b"\n")
+        return found.hexdigest()
+
+
+def _bytes_of(value: Any) -> bytes:
+    if hasattr(value, "tobytes"):  # an array
+        return f"{value.dtype} {value.shape} ".encode() + value.tobytes()
+    return json.dumps(value).encode()
+
+
+class Loaded(NamedTuple):
+    """A base model, ready for an adapter.
+
+    Attributes:
+        processor: its tokenizer or image processor; saved beside the adapter.
+        new: names of modules that are trained whole and saved (heads).
+        collate: examples to a batch of tensors.
+    """
+
+    model: Any
+    processor: Any
+    new: list[str]
+    collate: Callable[[list[Any]], Any]
+
+
+class Predictions(NamedTuple):
+    """What is scored, a number or a short list of numbers per row; see `metrics.py`."""
+
+    found: list[Any]
+    wanted: list[Any]
+
+
+class Task:
+    """A kind of task; holds no state.
+
+    Attributes:
+        peft_type: PEFT's name of it, written into the adapter's config.
+    """
+
+    peft_type = "SEQ_CLS"
+
+    def read(self, config: "TrainConfig") -> Data:
+        """Read and check the files of a run.
+
+        Raises:
+            DataError: what is missing or misspelt, with the nearest name.
+        """
+        raise NotImplementedError
+
+    def load(self, config: "TrainConfig", data: Data) -> Loaded:
+        """The base model and what goes with it.
+
+        Raises:
+            ModelError: it cannot be loaded, or is of another kind. SettingError: a flag that does not fit it.
+        """
+        raise NotImplementedError
+
+    def encode(self, loaded: Loaded, rows: Rows, config: "TrainConfig") -> list[dict[str, Any]]:
+        """Examples to train on, not always one per row; `length(example)` sorts them."""
+        raise NotImplementedError
+
+    def length(self, example: dict[str, Any]) -> int:
+        """Tokens of an example: those of like length share a batch."""
+        return len(example["input_ids"])
+
+    def trainer(
+        self,
+        loaded: Loaded,
+        examples: list[Any],
+        order: list[int],
+        settings: dict[str, Any],
+        **more: Any,
+    ) -> Any:
+        """A `transformers.Trainer` that trains on examples in an order.
+
+        Args:
+            settings: those of `TrainingArguments`. more: arguments of the trainer.
+        """
+        from transformers import Trainer, TrainingArguments
+
+        return Trainer(
+            args=TrainingArguments(**settings),
+            train_dataset=Subset(examples, order),  # pyright: ignore[reportArgumentType]
+            data_collator=loaded.collate,
+            **more,
+        )
+
+    def predict(
+        self, trainer: Any, loaded: Loaded, rows: Rows, config: "TrainConfig"
+    ) -> Predictions:
+        """Predictions for rows by the trained model."""
+        examples = self.encode(loaded, rows, config)
+        order = sorted(range(len(examples)), key=lambda i: self.length(examples[i]))
+        found = trainer.predict([examples[i] for i in order]).predictions
+        found = torch.as_tensor(
+            found[0] if isinstance(found, tuple) else found
+        )  # logits come first
+        result: list[Any] = [None] * len(examples)
+        for place, logits in zip(order, found, strict=True):
+            result[place] = logits
+        return self.scored(result, examples, loaded, config)
+
+    def scored(
+        self,
+        logits: list[torch.Tensor],
+        examples: list[dict[str, Any]],
+        loaded: Loaded,  # noqa: ARG002
+        config: "TrainConfig",  # noqa: ARG002
+    ) -> Predictions:
+        """What is scored of the logits (classes,) of every example: the class index."""
+        return Predictions(
+            [int(row.argmax()) for row in logits], [example["labels"] for example in examples]
+        )
+
+
+def rows_of(config: "TrainConfig", flag: str) -> list[dict[str, Any]]:
+    """Rows of the file of a flag, of the first `--train-rows` where it is the training file.
+
+    Raises:
+        DataError: no file is given, or it cannot be read.
+    """
+    path = config.train if flag == "--train" else config.eval
+    if not path:
+        raise DataError(f"`{flag}` must be given: a file of rows, or a hub set.")
+    rows = read_rows(path, flag)
+    return rows[: config.train_rows] if flag == "--train" else rows
+
+
+def loading(config: "TrainConfig", load: Callable[[str], Any]) -> Any:
+    """What `load(source)` gives for the model of a run, quietly.
+
+    Args:
+        load: takes the whole path of the folder, so that the adapter finds its base from anywhere, or the hub name.
+
+    Raises:
+        ModelError: it cannot be loaded, in one line.
+    """
+    from pathlib import Path
+
+    from safetensors import SafetensorError
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # a new head is what we ask for, not news
+    source = str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model
+    try:
+        return load(source)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ModelError(f"`--model`: {config.model} cannot be loaded: {first}") from error
+    finally:
+        logging.set_verbosity(level)
+
+
+def heads(model: Any, info: Mapping[str, Any]) -> list[str]:
+    """Modules to train whole: those whose weights the checkpoint did not have, and the classifier.
+
+    Args:
+        info: what `from_pretrained(output_loading_info=True)` gives.
+    """
+    missing = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+    kept = {
+        name
+        for name, module in model.named_modules()
+        if {"classifier", "score"} & set(name.split("."))
+        and not list(module.children())
+        and list(module.parameters())
+    }
+    return sorted({key.rpartition(".")[0] for key in missing} | kept)
+
+
+def class_settings(names: list[str]) -> dict[str, Any]:
+    """What `from_pretrained` takes for a head of these classes."""
+    return {
+        "num_labels": len(names),
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: index for index, name in enumerate(names)},
+    }

@@ -1,0 +1,164 @@
+"""Token classification: a list of words per row and a tag for each (names, parts of speech)."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from geolora.errors import DataError, SettingError
+from geolora.tasks.config import TrainConfig
+from geolora.tasks.data import class_names
+from geolora.tasks.data import column as column_of
+from geolora.tasks.task import (
+    Data,
+    Loaded,
+    Predictions,
+    Rows,
+    Task,
+    class_settings,
+    heads,
+    loading,
+    rows_of,
+)
+from geolora.tasks.tokenizers import max_length, pad
+
+MAX_LENGTH = 128
+IGNORED = -100
+"""Label of a token that does not begin a word."""
+
+
+class TokenClassification(Task):
+    """Words to tags."""
+
+    peft_type = "TOKEN_CLS"
+
+    def read(self, config: TrainConfig) -> Data:
+        """Columns `--text` (a list of words) and `--label` (as many tags)."""
+        train, held_out = (_words_and_tags(config, flag) for flag in ("--train", "--eval"))
+        names = class_names(_flat(train.labels), _flat(held_out.labels), config.label)
+        if config.metric in (None, "entity_f1") and not all(
+            name == "O" or name[:2] in ("B-", "I-") for name in names
+        ):
+            raise SettingError(
+                f"`--metric entity_f1` needs tags O, B-… and I-…; column `{config.label}` has {names[:4]}. "
+                "Use --metric token_accuracy."
+            )
+        index = {name: i for i, name in enumerate(names)}
+
+        def indexed(rows: Rows) -> Rows:
+            return Rows(rows.inputs, [[index[str(tag)] for tag in tags] for tags in rows.labels])
+
+        return Data(indexed(train), indexed(held_out), names)
+
+    def load(self, config: TrainConfig, data: Data) -> Loaded:
+        """With a head for the tags."""
+        from transformers import (
+            AutoModelForTokenClassification,
+            AutoTokenizer,
+            DataCollatorForTokenClassification,
+        )
+
+        def load(source: str) -> Any:
+            # byte-level tokenizers need it for words; the others do not know it
+            tokenizer = AutoTokenizer.from_pretrained(
+                source, add_prefix_space=True, trust_remote_code=False
+            )
+            return tokenizer, *AutoModelForTokenClassification.from_pretrained(
+                source,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                trust_remote_code=False,
+                **class_settings(data.names),
+            )
+
+        tokenizer, model, info = loading(config, load)
+        if not tokenizer.is_fast:
+            raise SettingError(
+                f"`--model`: token-classification needs a fast tokenizer; {config.model} has none."
+            )
+        pad(tokenizer, model, config)
+        tokenizer.model_max_length = max_length(tokenizer, model, config, MAX_LENGTH)
+        collate = DataCollatorForTokenClassification(tokenizer, label_pad_token_id=IGNORED)
+        return Loaded(model, tokenizer, heads(model, info), collate)
+
+    def encode(
+        self,
+        loaded: Loaded,
+        rows: Rows,
+        config: TrainConfig,  # noqa: ARG002
+    ) -> list[dict[str, Any]]:
+        """One example per row; a word's tag stands at its first token."""
+        batch = loaded.processor(rows.inputs, is_split_into_words=True, truncation=True)
+        examples = []
+        for i, tags in enumerate(rows.labels):
+            words, labels = batch.word_ids(i), []
+            for place, word in enumerate(words):
+                begins = word is not None and (place == 0 or words[place - 1] != word)
+                labels.append(tags[word] if begins else IGNORED)
+            examples.append({**{key: batch[key][i] for key in batch}, "labels": labels})
+        return examples
+
+    def scored(
+        self,
+        logits: list[torch.Tensor],
+        examples: list[dict[str, Any]],
+        loaded: Loaded,
+        config: TrainConfig,
+    ) -> Predictions:
+        """Words that are right, and words; or entities that are right and found, and those there are.
+
+        Words beyond the longest row are not scored.
+        """
+        found, wanted = [], []
+        names = loaded.model.config.id2label
+        for row, example in zip(logits, examples, strict=True):
+            labels = torch.tensor(example["labels"])
+            kept = labels != IGNORED
+            guess, right = row[: len(labels)].argmax(-1)[kept], labels[kept]
+            if config.metric == "token_accuracy":
+                found.append(int((guess == right).sum()))
+                wanted.append(len(right))
+                continue
+            ours, theirs = (entities([names[int(i)] for i in tags]) for tags in (guess, right))
+            found.append([len(ours & theirs), len(ours)])
+            wanted.append(len(theirs))
+        return Predictions(found, wanted)
+
+
+def entities(tags: list[str]) -> set[tuple[int, int, str]]:
+    """(first word, word after the last, kind) of every entity.
+
+    One begins at B-X, and at an I-X that follows O or another kind, as conlleval counts.
+    """
+    found, start, kind = set(), 0, ""
+    for place, tag in enumerate([*tags, "O"]):
+        mark, _, name = tag.partition("-")
+        if kind and (mark != "I" or name != kind):
+            found.add((start, place, kind))
+            kind = ""
+        if mark != "O" and not kind:
+            start, kind = place, name
+    return found
+
+
+def _flat(lists: list[list[Any]]) -> list[Any]:
+    return [value for some in lists for value in some]
+
+
+def _words_and_tags(config: TrainConfig, flag: str) -> Rows:
+    rows = rows_of(config, flag)
+    name = Path(config.train if flag == "--train" else config.eval).name
+    words = column_of(rows, config.text, "--text", name)
+    tags = column_of(rows, config.label, "--label", name)
+    for number, (some, of_them) in enumerate(zip(words, tags, strict=True), 1):
+        if not (isinstance(some, list) and some and all(isinstance(word, str) for word in some)):
+            raise DataError(
+                f"`--text`: column `{config.text}` must hold lists of words; row {number} of {name} has "
+                f"{type(some).__name__}. A .jsonl file can hold them."
+            )
+        if not isinstance(of_them, list) or len(of_them) != len(some):
+            raise DataError(
+                f"`--label`: column `{config.label}` must hold a tag for every word; row {number} of {name} "
+                f"has {len(some)} words and {len(of_them) if isinstance(of_them, list) else of_them!r}."
+            )
+    return Rows(words, tags)

@@ -1,0 +1,34 @@
+"""Tokenizers made fit for training: a padding token, a length."""
+
+from typing import TYPE_CHECKING, Any
+
+from geolora.errors import ModelError, SettingError
+
+if TYPE_CHECKING:
+    from geolora.tasks.config import TrainConfig
+
+
+def pad(tokenizer: Any, model: Any, config: "TrainConfig") -> None:
+    """Give tokenizer and model a padding token, the end token where they have none.
+
+    Raises:
+        ModelError: there is neither.
+    """
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise ModelError(f"`--model`: the tokenizer of {config.model} has no padding token.")
+    model.config.pad_token_id = tokenizer.pad_token_id
+
+
+def max_length(tokenizer: Any, model: Any, config: "TrainConfig", usual: int) -> int:
+    """Tokens per row: `--max-length`, or the usual number, or fewer where the model has its limit.
+
+    Raises:
+        SettingError: `--max-length` is beyond the model's limit.
+    """
+    longest = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
+    longest = min(longest, tokenizer.model_max_length)
+    if config.max_length is not None and config.max_length > longest:
+        raise SettingError(f"`--max-length` must be at most {longest}; got {config.max_length}.")
+    return min(config.max_length or usual, longest)

@@ -1,0 +1,326 @@
+"""A run of `geolora train`: rows in, `transformers.Trainer`, a PEFT adapter and a report out."""
+
+import hashlib
+import json
+import math
+import shutil
+import statistics
+import sys
+import time
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from geolora import __version__
+from geolora.errors import DataError, DivergedError
+from geolora.tasks.causal_lm import CausalLM
+from geolora.tasks.checkpoints import Stopped, checkpoint_callback, flush, latest, write_json
+from geolora.tasks.config import TrainConfig, check, planned_steps, unfinished
+from geolora.tasks.image_classification import ImageClassification
+from geolora.tasks.memory import peak_bytes, reset_peak
+from geolora.tasks.metrics import METRICS_OF, score
+from geolora.tasks.order import batch_order
+from geolora.tasks.output import alone, clear, writing
+from geolora.tasks.peers import (
+    CAN_RESUME,
+    add_adapter,
+    callbacks_of,
+    finish,
+    keep_start,
+    optimizer_of,
+    save,
+    start,
+)
+from geolora.tasks.task import Data, Rows, Task
+from geolora.tasks.text_classification import TextClassification, TextRegression
+from geolora.tasks.token_classification import TokenClassification
+from geolora.trainer import progress_callback
+
+TASKS: dict[str, Task] = {
+    "text-classification": TextClassification(),
+    "text-regression": TextRegression(),
+    "token-classification": TokenClassification(),
+    "image-classification": ImageClassification(),
+    "causal-lm": CausalLM(),
+}
+WARMUP = 0.06
+SECONDS = "seconds.json"
+"""Seconds of every step so far, in a checkpoint."""
+
+
+class Outcome(NamedTuple):
+    """What a run gives.
+
+    Attributes:
+        report: what report.json holds. history: the logged training losses.
+        predictions: per held-out row, what its metric takes. targets: likewise, what is right.
+        choice: score on the rows for choosing, where there were any.
+    """
+
+    report: dict[str, Any]
+    history: list[dict[str, Any]]
+    predictions: list[Any]
+    targets: list[Any]
+    choice: float | None
+
+
+def load(config: TrainConfig) -> Data:
+    """Read and check the files of a run.
+
+    Raises:
+        DataError: what is missing or misspelt, with the nearest name.
+    """
+    return TASKS[config.task].read(config)
+
+
+def run(config: TrainConfig) -> dict[str, Any]:
+    """Train as configured: check, read, load, train, evaluate, export, report.
+
+    Returns:
+        The report that also stands in `<output>/report.json`.
+    """
+    check(config)
+    return train(config, load(config)).report
+
+
+def train(config: TrainConfig, data: Data, choice: Rows | None = None) -> Outcome:
+    """Train on data already read, or go on with the run that the output folder holds; see `run`.
+
+    Args:
+        choice: further rows to predict, for choosing a learning rate.
+
+    Raises:
+        Stopped: it was asked to stop, and has saved a checkpoint.
+        DivergedError: the loss or the trained weights are no longer finite.
+        OutputError: the disk is full, a file cannot be written, or another process works there.
+    """
+    check(config)
+    from transformers import set_seed
+
+    task = TASKS[config.task]
+    reset_peak()
+    set_seed(config.seed)
+    loaded = task.load(config, data)
+    examples = task.encode(loaded, data.train, config)
+    total = planned_steps(config, len(examples))
+    lengths = [task.length(example) for example in examples]
+    order = batch_order(lengths, config.batch_size, total, config.seed)
+
+    def batches(size: int, number: int) -> list[Any]:
+        starts = range(0, min(len(order), number * size) - size + 1, size)
+        return [loaded.collate([examples[i] for i in order[at : at + size]]) for at in starts]
+
+    optimizer = optimizer_of(config, total)
+    model = add_adapter(loaded.model, config, loaded.new, task.peft_type, total, batches)
+    # building one now finds unusable settings before anything is written
+    optimizer[0]()(model, **optimizer[1])
+
+    output, data_id = Path(config.output), data.digest()
+    run_id = _identity(config, data_id)
+    with writing(output):
+        resume = None if config.overwrite else _checkpoint(config, data_id, run_id)
+        if resume is None:
+            clear(output)
+        output.mkdir(parents=True, exist_ok=True)
+    with writing(output), alone(output):
+        write_json(output / "run.json", {**asdict(config), "data": data_id})
+        keep_start(model, config, output / "start")
+
+        clock = _clock(resume)
+        checkpoints = checkpoint_callback(run_id, config.method in CAN_RESUME)
+        trainer = task.trainer(
+            loaded,
+            examples,
+            order,
+            _arguments(config, total),
+            model=model,
+            optimizer_cls_and_kwargs=optimizer,
+            callbacks=[progress_callback(), clock, *callbacks_of(model, config), checkpoints],
+        )
+        _only_our_bar(trainer)
+        start(model, config, batches, resumed=resume is not None)
+        try:
+            trainer.train(resume_from_checkpoint=resume and str(resume))
+        except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
+            raise _diverged(trainer) from error
+        finally:
+            checkpoints.give_back()
+        history = [entry for entry in trainer.state.log_history if "loss" in entry]
+        trained = [p for p in model.parameters() if p.requires_grad]
+        losses = [entry["loss"] for entry in history[-1:]]
+        if not all(map(math.isfinite, losses)) or not all(
+            bool(p.isfinite().all()) for p in trained
+        ):
+            raise _diverged(trainer)
+        if checkpoints.stopped is not None:
+            raise Stopped(_how_to_go_on(config, checkpoints.stopped, total))
+        trainable = sum(p.numel() for p in trained)
+        finish(model, config)
+        partial = output / "adapter.partial"
+        clear(partial)
+        kept = save(model, config, partial, output / "start")
+        loaded.processor.save_pretrained(partial)
+        flush(partial)
+        clear(output / "adapter")
+        partial.rename(output / "adapter")
+
+        metric = config.metric or METRICS_OF[config.task][0]
+        found = task.predict(trainer, loaded, data.held_out, config)
+        report = {
+            "method": config.method,
+            "task": config.task,
+            "metric": metric,
+            "value": score(metric, *found),
+            "train_loss": _last_tenth(history),
+            "steps": total,
+            "seconds": sum(clock.seconds),
+            "seconds_per_step": statistics.median(clock.seconds),
+            "trainable_parameters": trainable,
+            "adapter_parameters": kept.adapter_parameters,
+            "exported_parameters": kept.exported_parameters,
+            "ranks": kept.ranks,
+            "peak_memory_bytes": peak_bytes(),
+            "seed": config.seed,
+            "versions": versions(),
+            "command": " ".join(["geolora", *sys.argv[1:]]),
+        }
+        chosen_on = None
+        if choice is not None:
+            chosen_on = score(metric, *task.predict(trainer, loaded, choice, config))
+        write_json(output / "history.json", history)
+        if data.names:
+            write_json(output / "labels.json", data.names)
+        write_json(output / "report.json", report)
+        for leftover in ("checkpoints", "start"):
+            shutil.rmtree(output / leftover, ignore_errors=True)
+    return Outcome(report, history, *found, chosen_on)
+
+
+def _diverged(trainer: Any) -> DivergedError:
+    return DivergedError(
+        f"training diverged: after step {trainer.state.global_step} the loss or the trained weights "
+        "are not finite. Lower `--lr`."
+    )
+
+
+def _how_to_go_on(config: TrainConfig, step: int, total: int) -> str:
+    """What to say when a run was asked to stop."""
+    if config.method not in CAN_RESUME:
+        return f"stopped after step {step} of {total}; {config.method} can only start again."
+    command = "The same command without --overwrite" if config.overwrite else "The same command"
+    return (
+        f"stopped after step {step} of {total}, which is saved in {config.output}. {command} goes on "
+        "from there."
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of what made a result."""
+    found = {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
+    return {"geolora": __version__, "python": sys.version.split()[0], **found}
+
+
+def _arguments(config: TrainConfig, total: int) -> dict[str, Any]:
+    """Settings of `TrainingArguments`."""
+    return {
+        "output_dir": str(Path(config.output) / "checkpoints"),
+        "max_steps": total,
+        "per_device_train_batch_size": config.batch_size,
+        "per_device_eval_batch_size": max(config.batch_size, 64),
+        "lr_scheduler_type": "linear",
+        "warmup_steps": round(WARMUP * total),
+        # clipping the factors' gradients would change lr per W; AdamW's runs keep Trainer's default
+        "max_grad_norm": 0.0 if config.method == "geolora" else 1.0,
+        "train_sampling_strategy": "sequential",  # in the order of tasks/order.py
+        "logging_steps": max(1, min(10, total // 20)),
+        "logging_nan_inf_filter": False,
+        "save_strategy": "steps" if config.save_every else "no",
+        "save_steps": config.save_every or total,
+        "seed": config.seed,
+        "report_to": "none",
+        "use_cpu": torch.backends.mps.is_available(),  # MPS has no float64
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "disable_tqdm": True,
+    }
+
+
+def _only_our_bar(trainer: Any) -> None:
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+
+
+def _clock(resume: Path | None) -> Any:
+    """A Trainer callback that takes the seconds of every step, and keeps them in checkpoints.
+
+    Args:
+        resume: the checkpoint that is gone on from.
+    """
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        def __init__(self) -> None:
+            self.seconds: list[float] = []
+            if resume is not None:
+                self.seconds = json.loads((resume / SECONDS).read_text(encoding="utf-8"))
+            self.last = 0.0
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+            self.last = time.perf_counter()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+            now = time.perf_counter()
+            self.seconds.append(now - self.last)
+            self.last = now
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            write_json(folder / SECONDS, self.seconds, indent=None)
+
+    return Clock()
+
+
+def _checkpoint(config: TrainConfig, data_id: str, run_id: str) -> Path | None:
+    """The last whole checkpoint of an unfinished run over the same data."""
+    if not unfinished(config):
+        return None
+    saved = json.loads((Path(config.output) / "run.json").read_text(encoding="utf-8"))
+    if saved.get("data") != data_id:
+        raise DataError(
+            f"`--output`: {config.output} holds an unfinished run of the same flags over other data. "
+            "Choose another folder, or add --overwrite."
+        )
+    return latest(Path(config.output) / "checkpoints", run_id)
+
+
+def _identity(config: TrainConfig, data_id: str) -> str:
+    """A hash of the settings, data and base of a run; where it writes to does not matter."""
+    settings = {k: v for k, v in asdict(config).items() if k not in ("output", "overwrite")}
+    text = json.dumps([settings, data_id, base_id(config.model)])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def base_id(model: str) -> str:
+    """What tells one local model folder from another: sizes of its files, and how they begin.
+
+    A hub name stands for itself.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        return model
+    found = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        found.update(f"{path.name} {path.stat().st_size} ".encode())
+        with path.open("rb") as file:
+            found.update(file.read(1 << 20))
+    return found.hexdigest()
+
+
+def _last_tenth(history: list[dict[str, Any]]) -> float:
+    """Mean training loss over the last tenth of the logged steps, without any that was skipped."""
+    losses = [entry["loss"] for entry in history]
+    tail = [loss for loss in losses[-max(1, len(losses) // 10) :] if math.isfinite(loss)]
+    return sum(tail) / len(tail) if tail else float("nan")

@@ -1,0 +1,203 @@
+"""Language models: where the loss is, what is scored, and that stock peft computes what was scored."""
+
+import dataclasses
+import gzip
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from geolora.errors import DataError, ModelError, SettingError
+from geolora.tasks import training
+from geolora.tasks.causal_lm import IGNORED, CausalLM, answer, of_chat, of_pair
+from geolora.tasks.config import TrainConfig
+from models import tiny_llama
+
+pytest.importorskip("trl")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning:trl.*"),
+]
+TASK = CausalLM()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("llama") / "model")
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("llama") / "chat", chat=True)
+
+
+def sums(count: int, seed: int) -> list[dict[str, str]]:
+    generator = torch.Generator().manual_seed(seed)
+    pairs = torch.randint(0, 3, (count, 2), generator=generator).tolist()
+    return [{"question": f"{a} + {b} =", "answer": f"the film is #### {a + b}"} for a, b in pairs]
+
+
+def write(path: Path, rows: list[dict]) -> str:
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def config(model: Path, tmp_path: Path) -> TrainConfig:
+    return TrainConfig(
+        model=str(model), task="causal-lm", prompt="question", completion="answer",
+        train=write(tmp_path / "train.jsonl", sums(64, 0)),
+        eval=write(tmp_path / "dev.jsonl", sums(12, 1)),
+        rank=8, lr=3e-2, max_steps=150, batch_size=16, max_new_tokens=8,
+        output=str(tmp_path / "out"),
+    )  # fmt: skip
+
+
+def test_answers_are_learnt_and_scored_as_stock_peft_computes_them(config: TrainConfig) -> None:
+    config = dataclasses.replace(config, metric="exact_match")
+    outcome = training.train(config, training.load(config))
+    folder = Path(config.output) / "adapter"
+    assert outcome.report["metric"] == "exact_match"
+    assert outcome.report["value"] > 0.9, "sums of nine pairs are learnt by heart"
+
+    base = AutoModelForCausalLM.from_pretrained(config.model)
+    loaded = PeftModel.from_pretrained(base, str(folder)).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    hits = []
+    for row in sums(12, 1):
+        ids = tokenizer(row["question"], return_tensors="pt")
+        ids.pop("token_type_ids", None)
+        out = loaded.generate(**ids, max_new_tokens=8, do_sample=False, pad_token_id=1)
+        text = tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+        hits.append(int(answer(text) == answer(row["answer"])))
+    assert hits == outcome.predictions
+    assert json.loads((folder / "adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
+
+
+def test_perplexity_is_that_of_the_completions(config: TrainConfig) -> None:
+    config = dataclasses.replace(config, max_steps=3)
+    report = training.run(config)
+    base = AutoModelForCausalLM.from_pretrained(config.model)
+    loaded = PeftModel.from_pretrained(base, f"{config.output}/adapter").eval()
+    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    lost, count = 0.0, 0
+    for row in sums(12, 1):
+        prompt = tokenizer(row["question"])["input_ids"]
+        ids = torch.tensor([prompt + tokenizer(row["answer"])["input_ids"] + [1]])
+        with torch.no_grad():
+            log_p = loaded(input_ids=ids).logits.log_softmax(-1)
+        for place in range(len(prompt), ids.shape[1]):
+            lost, count = lost - float(log_p[0, place - 1, ids[0, place]]), count + 1
+    assert report["value"] == pytest.approx(math.exp(lost / count), rel=1e-5)
+
+
+def test_packed_rows_are_learnt_as_if_alone(config: TrainConfig) -> None:
+    """The same rows in one step, packed and padded: the same loss, so no row has seen another."""
+    losses = []
+    for packing in (False, True):
+        one = dataclasses.replace(config, packing=packing, max_length=32, max_steps=1)
+        data = training.load(one)
+        loaded = TASK.load(one, data)
+        examples = TASK.encode(loaded, data.train, one)
+        with torch.no_grad():
+            losses.append(float(loaded.model(**loaded.collate(examples), use_cache=False).loss))
+        assert (len(examples) < len(data.train)) == packing
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_a_text_file_is_learnt_in_windows(config: TrainConfig, tmp_path: Path) -> None:
+    words = "the film is good and the plot is bad " * 30
+    (tmp_path / "a.txt").write_text(words)
+    with gzip.open(tmp_path / "b.txt.gz", "wt") as file:
+        file.write(words)
+    config = dataclasses.replace(
+        config, train=str(tmp_path / "a.txt"), eval=str(tmp_path / "b.txt.gz"), max_length=20,
+        max_steps=40, batch_size=14,
+    )  # fmt: skip
+    data = training.load(config)
+    examples = TASK.encode(TASK.load(config, data), data.train, config)
+    assert [len(example["input_ids"]) for example in examples] == [20] * 13 + [
+        11
+    ]  # 270 words, </s>
+    report = training.train(config, data).report  # the same windows are scored
+    assert math.log(report["value"]) == pytest.approx(report["train_loss"], rel=1e-2)
+    assert report["train_loss"] < 3  # 3.5 before
+
+
+def test_the_loss_of_a_pair_is_on_the_completion(model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    found = of_pair(tokenizer, {"prompt": "the film", "completion": "is good"})
+    assert tokenizer.decode(found["input_ids"]) == "the film is good </s>"
+    assert found["labels"] == [IGNORED, IGNORED, *found["input_ids"][2:]]
+
+
+def test_the_loss_of_a_chat_is_on_what_the_assistant_says(chat_model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(chat_model)
+    said = [("system", "not bad"), ("user", "the film"), ("assistant", "good"), ("user", "a plot"),
+            ("assistant", "very fine")]  # fmt: skip
+    found = of_chat(tokenizer, [{"role": role, "content": text} for role, text in said])
+    kept = [i for i, label in zip(found["input_ids"], found["labels"], strict=True) if label >= 0]
+    assert tokenizer.decode(kept) == "good </s> very fine </s>"
+    assert all(label in (IGNORED, i) for i, label in zip(*found.values(), strict=True))
+
+
+def test_a_chat_is_trained_through_the_command(
+    config: TrainConfig, chat_model: Path, tmp_path: Path
+) -> None:
+    rows = [
+        {"messages": [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]}
+        for row in sums(40, 0)
+    ]  # fmt: skip
+    file = write(tmp_path / "chat.jsonl", rows)
+    config = dataclasses.replace(
+        config, model=str(chat_model), train=file, eval=file, metric="exact_match", method="lora",
+        init="lora-one", lr=1e-2, max_steps=80,
+    )  # fmt: skip
+    assert training.run(config)["value"] > 0.8
+
+
+def test_what_cannot_be_learnt_is_refused(config: TrainConfig, tmp_path: Path) -> None:
+    def refused(error: type[Exception], match: str, **changes: object) -> None:
+        changed = dataclasses.replace(config, **changes)
+        with pytest.raises(error, match=match):
+            training.train(changed, training.load(changed))
+        assert not Path(config.output).exists()
+
+    refused(
+        DataError,
+        "must have columns `question` and `anwser`, `messages`, or `text`",
+        completion="anwser",
+    )
+    refused(DataError, "no row has an answer within 3 tokens", max_length=3)
+    refused(SettingError, "`--max-length` must be at most 64", max_length=65)
+    chat = write(
+        tmp_path / "chat.jsonl", [{"messages": [{"role": "assistant", "content": "good"}]}]
+    )
+    refused(ModelError, "has no chat template", train=chat, eval=chat)
+    silent = write(tmp_path / "silent.jsonl", [{"messages": [{"role": "user", "content": "good"}]}])
+    refused(DataError, "row 1 of silent.jsonl must have `messages`", train=silent)
+    empty = write(tmp_path / "empty.jsonl", [{"question": "the", "answer": None}])
+    refused(
+        DataError,
+        "row 1 of empty.jsonl must have text in column `answer`; got nothing",
+        train=empty,
+    )
+    (tmp_path / "no.txt").write_text(" \n")
+    refused(DataError, "must have text", train=str(tmp_path / "no.txt"))
+    text = write(tmp_path / "text.jsonl", [{"text": "the film"}])
+    refused(SettingError, "`--metric exact_match` needs a prompt", eval=text, metric="exact_match")
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("so 3 and 4\n#### 1,234", "1234"), ("it costs $5.50.", "5.5"), ("12 then -7", "-7"),
+        ("2.00", "2"), ("  no   number ", "no number"), ("#### yes", "yes"), ("100", "100"), ("", ""),
+    ],
+)  # fmt: skip
+def test_the_answer_of_a_text(text: str, found: str) -> None:
+    assert answer(text) == found

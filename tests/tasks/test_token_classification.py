@@ -1,0 +1,121 @@
+"""Words and tags: alignment with tokens, entities, and that stock peft computes what was scored."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForTokenClassification, AutoTokenizer
+
+from geolora.errors import DataError, SettingError
+from geolora.tasks import training
+from geolora.tasks.config import TrainConfig
+from geolora.tasks.token_classification import IGNORED, TokenClassification, entities
+from models import WORDS, tiny_bert
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
+KINDS = {"film": "B-ART", "plot": "B-ART", "actor": "B-MAN", "music": "B-ART"}
+
+
+def sentences(count: int, seed: int) -> list[dict]:
+    """Four nouns are entities, and a `good` that follows one belongs to it."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for _ in range(count):
+        words = [WORDS[i] for i in torch.randint(len(WORDS), (9,), generator=generator).tolist()]
+        tags = [KINDS.get(word, "O") for word in words]
+        for place in range(1, len(words)):
+            if words[place] == "good" and words[place - 1] in KINDS:
+                tags[place] = "I" + tags[place - 1][1:]
+        rows.append({"words": words, "tags": tags})
+    return rows
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> TrainConfig:
+    tiny_bert(tmp_path / "model")
+    for name, rows in (("train", sentences(120, 0)), ("dev", sentences(40, 1))):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return TrainConfig(
+        model=str(tmp_path / "model"), task="token-classification", text="words", label="tags",
+        train=str(tmp_path / "train.jsonl"), eval=str(tmp_path / "dev.jsonl"), rank=8, lr=2e-2,
+        rest_lr=1e-2, max_steps=120, batch_size=16, output=str(tmp_path / "out"),
+    )  # fmt: skip
+
+
+def test_tags_are_learnt_and_scored_as_stock_peft_computes_them(config: TrainConfig) -> None:
+    outcome = training.train(config, training.load(config))
+    assert outcome.report["metric"] == "entity_f1"
+    assert outcome.report["value"] > 0.7
+    folder = Path(config.output) / "adapter"
+    names = json.loads((Path(config.output) / "labels.json").read_text())
+    base = AutoModelForTokenClassification.from_pretrained(config.model, num_labels=len(names))
+    loaded = PeftModel.from_pretrained(base, str(folder)).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    hits = found = there = 0
+    for row in sentences(40, 1):
+        with torch.no_grad():
+            logits = loaded(**tokenizer(" ".join(row["words"]), return_tensors="pt")).logits[
+                0, 1:-1
+            ]
+        ours = entities([names[i] for i in logits.argmax(-1).tolist()])
+        theirs = entities(row["tags"])
+        hits, found, there = hits + len(ours & theirs), found + len(ours), there + len(theirs)
+    assert outcome.report["value"] == pytest.approx(2 * hits / (found + there), abs=0.01)
+
+
+def test_a_tag_stands_at_the_first_token_of_its_word(config: TrainConfig) -> None:
+    task, data = TokenClassification(), training.load(config)
+    loaded = task.load(config, data)
+    data.train.inputs[0][:2] = ["good-film", "bad"]  # three tokens, then one
+    example = task.encode(loaded, data.train, config)[0]
+    tags = data.train.labels[0]
+    assert example["labels"][:6] == [IGNORED, tags[0], IGNORED, IGNORED, tags[1], tags[2]]
+    assert example["labels"][-1] == IGNORED
+
+
+def test_the_accuracy_of_words(config: TrainConfig) -> None:
+    config = dataclasses.replace(config, metric="token_accuracy", max_steps=5)
+    outcome = training.train(config, training.load(config))
+    assert outcome.targets == [9] * 40
+    assert outcome.report["value"] == pytest.approx(sum(outcome.predictions) / 360)
+
+
+@pytest.mark.parametrize(
+    ("tags", "found"),
+    [
+        ("O O", set()), ("B-A I-A O", {(0, 2, "A")}), ("B-A B-A", {(0, 1, "A"), (1, 2, "A")}),
+        ("I-A I-B", {(0, 1, "A"), (1, 2, "B")}), ("O I-A", {(1, 2, "A")}), ("B-A O I-A", {(0, 1, "A"), (2, 3, "A")}),
+    ],
+)  # fmt: skip
+def test_entities_as_conlleval_counts_them(tags: str, found: set) -> None:
+    assert entities(tags.split()) == found
+
+
+def test_what_is_no_row_of_words_and_tags_is_refused(config: TrainConfig, tmp_path: Path) -> None:
+    def refused(rows: list[dict], error: type[Exception], match: str, **changes: object) -> None:
+        file = tmp_path / "bad.jsonl"
+        file.write_text("\n".join(json.dumps(row) for row in rows))
+        with pytest.raises(error, match=match):
+            training.load(dataclasses.replace(config, train=str(file), **changes))
+
+    refused(
+        [{"words": "the film", "tags": ["O"]}],
+        DataError,
+        "must hold lists of words; row 1 of bad.jsonl has str",
+    )
+    refused(
+        [{"words": ["the"], "tags": ["O", "O"]}], DataError, "row 1 of bad.jsonl has 1 words and 2"
+    )
+    refused([{"words": ["the"], "tags": "O"}], DataError, "has 1 words and 'O'")
+    refused(
+        [{"words": ["a", "b"], "tags": ["DT", "NN"]}],
+        DataError,
+        "does not occur in the training data",
+    )
+    refused(
+        [{"words": ["a", "b"], "tags": ["DT", "NN"]}], SettingError, "needs tags O, B-… and I-…",
+        eval=str(tmp_path / "bad.jsonl"),
+    )  # fmt: skip
