@@ -92,12 +92,12 @@ def test_tied_pairs_are_refused() -> None:
         geolora.GeoLoRA(model)
 
 
-def test_sharded_factors_are_refused() -> None:
+def test_sharded_factors_are_refused_where_they_are_not_gathered() -> None:
     model = mixed("linear")
     weight = model.base_model.model.linear.lora_B["default"].weight
     weight.placements = ("Shard(0)",)
     with pytest.raises(geolora.errors.SetupError, match="`linear` are sharded.*DDP"):
-        geolora.GeoLoRA(model)
+        geolora.RiemannianAdamW(model)
 
 
 def test_factors_on_mps_are_refused() -> None:

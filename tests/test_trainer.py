@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,14 +13,15 @@ from transformers import (
     AutoTokenizer,
     DataCollatorWithPadding,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
 
 import geolora
 from geolora.errors import SettingError
-from geolora.trainer import progress_callback, ranks_of
-from models import reviews, tiny_bert
+from geolora.trainer import progress_callback
+from models import pairs_of, reviews, tiny_bert
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 
@@ -37,7 +39,7 @@ def trainer(folder: Path, out: Path, method: str = "geolora", **settings: object
     rows = [
         {**tokenizer(row["text"]), "labels": int(row["label"] == "good")} for row in reviews(64)
     ]
-    return Trainer(
+    made = Trainer(
         model=model,
         args=TrainingArguments(
             output_dir=str(out),
@@ -56,6 +58,8 @@ def trainer(folder: Path, out: Path, method: str = "geolora", **settings: object
         optimizer_cls_and_kwargs=geolora.for_trainer(method, **settings),
         callbacks=[progress_callback()],
     )
+    geolora.log_ranks(made)
+    return made
 
 
 def test_geolora_in_a_stock_trainer_resumes_where_it_was(folder: Path, tmp_path: Path) -> None:
@@ -72,7 +76,37 @@ def test_geolora_in_a_stock_trainer_resumes_where_it_was(folder: Path, tmp_path:
         whole.model.named_parameters(), again.model.named_parameters(), strict=True
     ):
         assert torch.equal(p, q), name
-    assert ranks_of(whole.optimizer) == ranks_of(again.optimizer)
+    ours, theirs = (run.optimizer.optimizer.measures() for run in (whole, again))
+    assert ours == theirs
+
+
+def test_what_is_reported_says_how_the_adapter_changes(folder: Path, tmp_path: Path) -> None:
+    """A reporter, as tensorboard's is, sees the numbers; they are those of the factors."""
+    seen: list[dict] = []
+
+    class Reporter(TrainerCallback):
+        def on_log(
+            self, args: object, state: object, control: object, logs: dict, **_: object
+        ) -> None:
+            seen.append(dict(logs))
+
+    run = trainer(folder, tmp_path, lr=0.05, prune_every=6, tail=0.5)
+    run.callback_handler.callbacks.insert(1, Reporter())  # where Trainer puts those of report_to
+    run.train()
+    logs = [entry for entry in seen if "loss" in entry]
+    layers = run.optimizer.optimizer.settled_ranks()
+    for before, now in pairwise(logs):
+        assert now["rank"] == before["rank"] + now["grown"] - now["pruned"]
+        assert now["rank"] == sum(now[f"rank/{name}"] for name in layers)
+    assert sum(entry["pruned"] for entry in logs) > 0
+    assert logs[-1]["adapter_parameters"] == run.optimizer.optimizer.adapter_parameters()
+    sigma = torch.cat([
+        torch.linalg.svdvals(scale * B @ A)[: layers[name]]
+        for name, A, B, scale in pairs_of(run.model)
+    ]).detach()  # fmt: skip
+    assert logs[-1]["sigma/largest"] == pytest.approx(float(sigma.max()), rel=1e-4)
+    assert logs[-1]["sigma/median"] == pytest.approx(float(sigma.median()), rel=1e-3)
+    assert logs[-1]["tangent_norm"] > 0
 
 
 def test_lora_is_adamw_on_two_groups(folder: Path, tmp_path: Path) -> None:
@@ -81,7 +115,6 @@ def test_lora_is_adamw_on_two_groups(folder: Path, tmp_path: Path) -> None:
     inner = run.optimizer.optimizer
     assert isinstance(inner, torch.optim.AdamW)
     assert [group["initial_lr"] for group in inner.param_groups] == [2e-3, 5e-4]
-    assert ranks_of(run.optimizer) is None
     assert "rank" not in json.dumps(run.state.log_history)
 
 

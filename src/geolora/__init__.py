@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from geolora.optim import GeoLoRA
     from geolora.relatives import LoRAPro, LoRASB, RACLoRA, RiemannianAdamW
     from geolora.saved import inspect, verify
-    from geolora.trainer import for_trainer
+    from geolora.trainer import for_trainer, log_ranks
 
 __version__ = "0.1.0"
 
@@ -36,6 +36,7 @@ __all__ = [
     "initialize_lora_sb",
     "inspect",
     "keep_second_half",
+    "log_ranks",
     "prune",
     "ranks",
     "suggest_budget",
@@ -56,6 +57,7 @@ _HOME = {
     "initialize_lora_sb": "geolora.initialize",
     "keep_second_half": "geolora.initialize",
     "inspect": "geolora.saved",
+    "log_ranks": "geolora.trainer",
     "prune": "geolora.adapter",
     "ranks": "geolora.adapter",
     "suggest_budget": "geolora.adapter",

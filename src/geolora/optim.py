@@ -44,6 +44,7 @@ from geolora.pairs import (
     unpaired_lora_layers,
 )
 from geolora.rest import SETTINGS, adamw_step, rest_groups
+from geolora.sharded import whole, write
 
 MOMENTS = ("adaptive", "momentum", "none")
 DEFAULT_LR = {"adaptive": 7e-3, "momentum": 1e-2, "none": 1e-1}
@@ -144,7 +145,7 @@ class GeoLoRA(torch.optim.Optimizer):
         bounded = max_tangent_norm is None or max_tangent_norm > 0
         _demand("max_tangent_norm", max_tangent_norm, bounded, "None or > 0")
 
-        pairs = find_pairs(model, adapter_name)
+        pairs = find_pairs(model, adapter_name, with_sharded=True)
         refuse_frozen(pairs)
         for pair in pairs:
             if start_rank is not None and start_rank > pair.r:
@@ -186,6 +187,34 @@ class GeoLoRA(torch.optim.Optimizer):
     def adapter_parameters(self) -> int:
         """Sum of rank * (d_in + d_out) over all layers, at the settled ranks."""
         return sum(sum(group["ranks"]) * group["cost"] for group in self._geometric())
+
+    @torch.no_grad()
+    def measures(self) -> dict[str, float]:
+        """Numbers to watch a training by; costs a read from the device, so not for every step.
+
+        Returns:
+            "rank" and "adapter_parameters" as settled; "sigma/largest" and "sigma/median" over the
+            singular values of W in use, "tangent_norm", the norm of the momentum over all layers (0 without):
+            from the first step on.
+        """
+        found: dict[str, float] = {
+            "rank": sum(self.settled_ranks().values()),
+            "adapter_parameters": self.adapter_parameters(),
+        }
+        states = [self.state[group["params"][0]] for group in self._geometric()]
+        states = [state for state in states if state]
+        sigma = (
+            torch.cat([s["sigma"].flatten().cpu() for s in states]) if states else torch.zeros(0)
+        )
+        sigma = sigma[sigma > 0]
+        if len(sigma):
+            squares = [norm(s["K"], s["L"], s["U"]).square().sum() for s in states if "K" in s]
+            found |= {
+                "sigma/largest": float(sigma.max()),
+                "sigma/median": float(sigma.median()),
+                "tangent_norm": math.sqrt(sum(map(float, squares))),
+            }
+        return found
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -249,9 +278,10 @@ class GeoLoRA(torch.optim.Optimizer):
         if self._seen.get(index) == fingerprints(group["params"]):
             return right, left
         A, B = to_pair(state["U"], state["sigma"], state["V"], scale, settled)
+        factors = [whole(p) for p in group["params"]]
         stale = [
             i
-            for i, (a, b) in enumerate(pairs_of(group["params"]))
+            for i, (a, b) in enumerate(pairs_of(factors))
             if not (
                 torch.equal(A[i].to(a.dtype), a.flatten(1))
                 and torch.equal(B[i].to(b.dtype), b.flatten(1))
@@ -261,8 +291,8 @@ class GeoLoRA(torch.optim.Optimizer):
             self._seen[index] = fingerprints(group["params"])
             return right, left
         for i in stale:
-            refuse_unreachable(group["layers"][i], *group["params"][2 * i : 2 * i + 2])
-            a, b = (p.flatten(1) for p in group["params"][2 * i : 2 * i + 2])
+            refuse_unreachable(group["layers"][i], *factors[2 * i : 2 * i + 2])
+            a, b = (p.flatten(1) for p in factors[2 * i : 2 * i + 2])
             reading = read_pair(a, b, group["scales"][i], group["start_rank"])
             old_U, old_V = state["U"][i].clone(), state["V"][i].clone()
             for key, value in (("U", reading.U), ("sigma", reading.sigma), ("V", reading.V)):
@@ -280,7 +310,9 @@ class GeoLoRA(torch.optim.Optimizer):
     def _skip_non_finite(self, moves: list["_Move"]) -> bool:
         """True, with one warning naming the layers, where a gradient is NaN or infinite."""
         rest = [g for group in self._rest() for p in group["params"] if (g := p.grad) is not None]
-        totals = [total(part) for move in moves for part in move.M] + [total(g) for g in rest]
+        totals = [total(part) for move in moves for part in move.M] + [
+            total(whole(g)) for g in rest
+        ]
         groups = self._geometric()
         return to_be_skipped("GeoLoRA", groups[0], totals, lambda: not_finite(groups))
 
@@ -437,7 +469,7 @@ class GeoLoRA(torch.optim.Optimizer):
             if move.live[i]:
                 targets += [a, b]
                 sources += [rows[i].view(a.shape), columns[i].view(b.shape)]
-        torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]
+        write(targets, sources)
         if all(move.live):
             self._seen[move.place] = fingerprints(params)
         else:

@@ -13,7 +13,8 @@ With `adapter.py`, `folders.py` and `saved.py` what knows PEFT; `tasks/peers.py`
 | ParamWrapper (`target_parameters`, MoE experts)           | refused, but by RiemannianAdamW  |
 | AdaLoRA                                                   | refused: three factors           |
 | tied pairs (shared storage)                               | refused: one matrix, two layers  |
-| tensor-parallel, DTensor, ZeRO-partitioned factors        | refused: the step needs whole A, B |
+| FSDP2's DTensors                                          | GeoLoRA's step gathers; else refused |
+| tensor-parallel, ZeRO-partitioned factors                 | refused: the step needs whole A, B |
 | factors on MPS                                            | refused: no float64              |
 | factors on meta, on two devices, with NaN or infinities   | refused                          |
 | one of the two factors frozen                             | refused                          |
@@ -28,6 +29,7 @@ import torch
 from torch import nn
 
 from geolora.errors import BudgetError, PairingError, SettingError, SetupError, at_most_three
+from geolora.sharded import part, whole
 
 PREFIX = "base_model.model."
 WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")
@@ -66,7 +68,10 @@ class Pair:
 
 
 def find_pairs(
-    model: nn.Module, adapter_name: str | None = None, with_experts: bool = False
+    model: nn.Module,
+    adapter_name: str | None = None,
+    with_experts: bool = False,
+    with_sharded: bool = False,
 ) -> list[Pair]:
     """All pairs of one adapter of a model, in the model's order.
 
@@ -74,6 +79,7 @@ def find_pairs(
         model: a PeftModel, or any module with injected LoRA layers.
         adapter_name: which adapter; None for the active one.
         with_experts: take the pairs of MoE experts too, instead of refusing them.
+        with_sharded: take factors that are DTensors too, instead of refusing them.
 
     Raises:
         PairingError: the model has no LoRA pair, several active adapters and no name was given, or
@@ -93,7 +99,7 @@ def find_pairs(
                 float(layer.scaling[adapter]),
                 getattr(layer, "num_experts", 1),
             )
-            _check(pair)
+            _check(pair, with_sharded)
             pairs.append(pair)
     if not pairs:
         raise PairingError(
@@ -166,8 +172,9 @@ def _refuse(name: str, layer: Any, adapter: str, with_experts: bool) -> None:
         raise PairingError(f"geolora: layer `{name}` ({kind}) cannot be trained: {reason}.")
 
 
-def _check(pair: Pair) -> None:
-    refuse_unreachable(pair.name, pair.A, pair.B)
+def _check(pair: Pair, with_sharded: bool) -> None:
+    factors = (pair.A, pair.B)
+    refuse_unreachable(pair.name, *(map(whole, factors) if with_sharded else factors))
     if pair.r > min(pair.d_out, pair.d_in):
         raise SettingError(
             f"geolora: rank must be at most min(d_out, d_in); got r={pair.r} for "
@@ -240,8 +247,8 @@ def refuse_unreachable(name: str, *factors: torch.Tensor) -> None:
             )
         if hasattr(factor, "placements"):
             raise SetupError(
-                f"geolora: the factors of `{name}` are sharded (DTensor). Use DDP, or keep the "
-                "adapter modules out of sharding: the step needs whole factors."
+                f"geolora: the factors of `{name}` are sharded (DTensor), which GeoLoRA's step can "
+                "gather and this cannot. Use DDP, or gather them first."
             )
     devices = sorted({str(factor.device) for factor in factors})
     if len(devices) > 1:
@@ -266,7 +273,7 @@ def _refuse_tied(pairs: list[Pair]) -> None:
     seen: dict[int, str] = {}
     for pair in pairs:
         for factor in (pair.A, pair.B):
-            pointer = factor.untyped_storage().data_ptr()
+            pointer = part(factor).untyped_storage().data_ptr()
             if pointer and pointer in seen:
                 names = at_most_three([seen[pointer], pair.name])
                 raise PairingError(

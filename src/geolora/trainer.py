@@ -8,7 +8,7 @@ Trainer's `learning_rate` is not used then: lr belongs to the method. Its gradie
 
 import inspect
 import sys
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -121,33 +121,52 @@ def for_trainer(method: str, **settings: Any) -> tuple[type, dict[str, Any]]:
     return factory, settings
 
 
-class Ranks(NamedTuple):
-    """Total settled rank of an optimizer, its adapter parameters, and their budget."""
-
-    rank: int
-    adapter_parameters: int
-    budget: int | None
-
-
-def ranks_of(optimizer: Any) -> Ranks | None:
-    """What a (wrapped) GeoLoRA has settled; None for other optimizers."""
+def _geolora_in(optimizer: Any) -> GeoLoRA | None:
+    """The GeoLoRA that accelerate has wrapped; None for other optimizers."""
     while not isinstance(optimizer, GeoLoRA):
         inner = getattr(optimizer, "optimizer", None)
         if inner is None or inner is optimizer:
             return None
         optimizer = inner
-    return Ranks(
-        sum(optimizer.settled_ranks().values()),
-        optimizer.adapter_parameters(),
-        optimizer.param_groups[0]["budget"],
-    )
+    return optimizer
+
+
+def log_ranks(trainer: Any) -> None:
+    """Add what GeoLoRA's adapter is like to everything that a Trainer logs, wherever it reports to.
+
+    `rank` (all layers together), `adapter_parameters`, `rank/LAYER`, `sigma/largest` and `sigma/median`
+    (singular values of the updates W in use), `tangent_norm` (of the momentum, over all layers; per unit of W),
+    `grown` and `pruned` (directions since the log before).
+
+    Args:
+        trainer: a `transformers.Trainer`, or one built on it; nothing is added for other optimizers.
+    """
+    from transformers import TrainerCallback
+
+    class LogRanks(TrainerCallback):
+        before: dict[str, int] | None = None
+
+        def on_log(self, args: Any, state: Any, control: Any, **given: Any) -> None:  # noqa: ARG002
+            optimizer, logs = _geolora_in(given.get("optimizer")), given.get("logs") or {}
+            if optimizer is None or "loss" not in logs:
+                return
+            new = optimizer.measures()
+            ranks = optimizer.settled_ranks()
+            changes = [rank - (self.before or ranks)[name] for name, rank in ranks.items()]
+            new |= {
+                "grown": sum(change for change in changes if change > 0),
+                "pruned": -sum(change for change in changes if change < 0),
+            }
+            self.before = ranks
+            logs.update(new | {f"rank/{name}": rank for name, rank in ranks.items()})
+            state.log_history[-1].update(new)
+
+    # before the loggers, which come first in Trainer's list
+    trainer.callback_handler.callbacks.insert(0, LogRanks())
 
 
 def progress_callback() -> Any:
-    """A Trainer callback: a progress bar with loss, settled rank and parameters of the budget.
-
-    It only reads. It also adds `rank` and `adapter_parameters` to what Trainer logs.
-    """
+    """A Trainer callback: a progress bar with loss, settled rank and parameters of the budget; it only reads."""
     from tqdm.auto import tqdm
     from transformers import TrainerCallback
 
@@ -168,14 +187,14 @@ def progress_callback() -> Any:
             if "loss" not in logs:
                 return
             shown = {"loss": f"{logs['loss']:.3f}"}
-            found = ranks_of(given.get("optimizer"))
-            if found is not None:
-                new = {"rank": found.rank, "adapter_parameters": found.adapter_parameters}
-                logs.update(new)
-                state.log_history[-1].update(new)
-                limit = f" of {found.budget:,}" if found.budget is not None else ""
-                used = f"{found.adapter_parameters:,}{limit}"
-                shown |= {"rank": str(found.rank), "parameters": used}
+            optimizer = _geolora_in(given.get("optimizer"))
+            if optimizer is not None:
+                budget = optimizer.param_groups[0]["budget"]
+                limit = f" of {budget:,}" if budget is not None else ""
+                shown |= {
+                    "rank": str(sum(optimizer.settled_ranks().values())),
+                    "parameters": f"{optimizer.adapter_parameters():,}{limit}",
+                }
             self.bar.set_postfix(shown, refresh=False)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002

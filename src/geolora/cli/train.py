@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Train, and print the result."""
-    from geolora.tasks import training
+    from geolora.tasks import processes, training
     from geolora.tasks.strict_yaml import read_yaml, settings_of
 
     path, names = arguments.config, [spec.name for spec in dataclasses.fields(TrainConfig)]
@@ -52,6 +52,8 @@ def run(arguments: argparse.Namespace) -> None:
     written = settings_of(read_yaml(path), TrainConfig, path) if path else {}
     config = TrainConfig(**{**written, **given})
     report = training.run(config)
+    if not processes.first():
+        return
     draw_rank_map(config.output)
     print(summary(report, config.output, config.budget))
 

@@ -22,8 +22,9 @@ from geolora.buckets import (
 )
 from geolora.errors import SettingError, SetupError, UnpairedParametersWarning, at_most_three
 from geolora.finite import to_be_skipped, total
-from geolora.pairs import Pair, refuse_frozen, unpaired_lora_layers
+from geolora.pairs import Pair, refuse_frozen, refuse_unreachable, unpaired_lora_layers
 from geolora.rest import SETTINGS, adamw_settings, adamw_step, rest_groups
+from geolora.sharded import is_sharded
 
 
 class Pairwise(torch.optim.Optimizer):
@@ -76,6 +77,9 @@ class Pairwise(torch.optim.Optimizer):
                 "before step()."
             )
         due = [g for g in self.param_groups if any(p.grad is not None for p in g["params"])]
+        for group in due:
+            if group["kind"] == "pairs" and is_sharded(group["params"][0]):
+                refuse_unreachable(group["layers"][0], *group["params"][:2])
         paired = [g for g in due if g["kind"] == "pairs"]
         rest = [g for g in due if g["kind"] == "rest"]
         grads = [stacked_gradients(g["params"], _width(g)) for g in paired]

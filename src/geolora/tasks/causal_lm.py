@@ -7,7 +7,6 @@ all tokens of a text, on the completion, or on what the assistant says.
 import gzip
 import re
 from collections.abc import Sequence
-from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from geolora.tasks.tokenizers import max_length, pad
 
 MAX_LENGTH = 1024
 EVAL_BATCH = 8
-CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
 IGNORED = -100
 """Label of a token that is no part of the loss."""
 TEXT_FILES = (".txt", ".txt.gz")
@@ -58,7 +56,9 @@ class CausalLM(Task):
 
         def load(source: str) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-            return tokenizer, AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False)
+            return tokenizer, AutoModelForCausalLM.from_pretrained(
+                source, dtype=config.dtype, trust_remote_code=False
+            )
 
         tokenizer, model = loading(config, load)
         pad(tokenizer, model, config)
@@ -129,11 +129,8 @@ class CausalLM(Task):
         from trl.trainer.sft_config import SFTConfig
         from trl.trainer.sft_trainer import SFTTrainer
 
-        known = {field.name for field in fields(SFTConfig)}
-        settings = {  # TRL's defaults are bf16 and checkpointing, which has two names
+        settings = {
             **settings,
-            next(name for name in CHECKPOINTING if name in known): False,
-            "bf16": False,
             "max_length": None,
             "dataset_kwargs": {"skip_prepare_dataset": True},
         }

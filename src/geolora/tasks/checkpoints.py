@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 from geolora.errors import CheckpointWarning
+from geolora.tasks import processes
 
 SEAL = "geolora.json"
 FOREIGN = "belongs to another run"
@@ -150,17 +151,21 @@ def checkpoint_callback(run: str, can_resume: bool = True) -> Any:
             )
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-            if self.asked or state.global_step == state.max_steps:
+            asked = processes.any_of(self.asked)
+            if asked or state.global_step == state.max_steps:
                 control.should_save = can_resume
-            if self.asked:
+            if asked:
                 control.should_training_stop = True
                 self.stopped = state.global_step
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
             folder = Path(args.output_dir)
             newest = folder / f"checkpoint-{state.global_step}"
-            seal(newest, run)
-            rotate(folder, run, newest)
+            processes.wait()  # every process writes a file of its own
+            if processes.first():
+                seal(newest, run)
+                rotate(folder, run, newest)
+            processes.wait()
 
         def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
             self.give_back()

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from geolora.errors import GradientError, OutputError, SettingError
+from geolora.tasks import processes
 from geolora.tasks.checkpoints import write_json
 from geolora.tasks.config import TrainConfig, check, unfinished
 from geolora.tasks.output import alone, check_output, clear, writing
@@ -39,6 +40,11 @@ def run_all(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
         OutputError: a folder that is not a comparison, or a disk that is full.
         SettingError: a run on disk with other settings; nothing is changed then.
     """
+    if processes.count() > 1:
+        raise SettingError(
+            "compare: must run in one process; got "
+            f"{processes.count()}. Start it without torchrun: its runs are small, and made one by one."
+        )
     marker = plan.output / "comparison.json"
     if plan.output.is_file():
         raise OutputError(f"`output`: {plan.output} is a file. Choose a folder.")

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from geolora.errors import ModelError, OutputError, SettingError
+from geolora.tasks import processes
 from geolora.tasks.data import nearest
 from geolora.tasks.metrics import METRICS, METRICS_OF
 from geolora.tasks.output import check_output
 from geolora.tasks.peers import METHODS, check_method
 
 TASKS = tuple(METRICS_OF)
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+MIXED = ("no", "bf16", "fp16")
 INITS = ("default", "gaussian", "lora-one", "lora-ga")
 
 
@@ -60,12 +63,20 @@ class TrainConfig:
     tail: float = _flag(0.25, "share of a layer's singular values that may be cut (geolora)")
     epochs: float = _flag(3.0, "passes over the training file")
     max_steps: int | None = _flag(None, "number of steps; overrides --epochs")
-    batch_size: int = _flag(32, "rows per step")
+    batch_size: int = _flag(32, "rows per step, of all processes together")
+    gradient_accumulation: int = _flag(1, "parts that the rows of a step are computed in")
+    gradient_checkpointing: bool = _flag(False, "compute activations twice instead of keeping them")
+    dtype: str = _flag("auto", "numbers of the base weights; auto: as they are saved", DTYPES)
+    mixed_precision: str = _flag("no", "autocast of the forward pass; fp16 needs a GPU", MIXED)
     max_length: int | None = _flag(
         None,
         "tokens per row, longer texts are cut; 128 (causal-lm: 1024) or the model's limit if not given",
     )
     seed: int = _flag(0, "seed of the head, the adapter and the order of the data")
+    report_to: str = _flag(
+        "none",
+        "where losses and ranks are logged to: tensorboard, trackio, wandb, several by commas",
+    )
     save_every: int | None = _flag(None, "steps between checkpoints; none if not given")
     output: str = _flag("geolora-output", "folder to write")
     overwrite: bool = _flag(False, "replace an output folder that exists")
@@ -103,11 +114,21 @@ def check(config: TrainConfig) -> None:
             f"`--metric` must be one of {', '.join(METRICS_OF[config.task])} for {config.task}; "
             f"got {config.metric}."
         )
+    if config.batch_size % parts(config):
+        raise SettingError(
+            f"`--batch-size` must be a multiple of {parts(config)} (processes times "
+            f"--gradient-accumulation); got {config.batch_size}."
+        )
     check_method(config)
     if not config.overwrite:
         _refuse_changed(config)
     if not unfinished(config) or config.overwrite:
         check_output(config.output, config.overwrite, (config.model, config.train, config.eval))
+
+
+def parts(config: TrainConfig) -> int:
+    """Parts of the rows of a step that are computed apart, over all processes."""
+    return processes.count() * config.gradient_accumulation
 
 
 def unfinished(config: TrainConfig) -> bool:

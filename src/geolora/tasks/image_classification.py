@@ -45,6 +45,7 @@ class ImageClassification(Task):
             processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
             return processor, *AutoModelForImageClassification.from_pretrained(
                 source,
+                dtype=config.dtype,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
                 trust_remote_code=False,

@@ -131,12 +131,16 @@ class Task:
         """
         from transformers import Trainer, TrainingArguments
 
-        return Trainer(
+        trainer = Trainer(
             args=TrainingArguments(**settings),
             train_dataset=Subset(examples, order),  # pyright: ignore[reportArgumentType]
             data_collator=loaded.collate,
             **more,
         )
+        # a model with a head means over the rows it is given, whatever else it is told: Trainer must
+        # mean over the parts of a step
+        trainer.model_accepts_loss_kwargs = False
+        return trainer
 
     def predict(
         self, trainer: Any, loaded: Loaded, rows: Rows, config: "TrainConfig"

@@ -58,6 +58,7 @@ class TextClassification(Task):
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
             return tokenizer, *AutoModelForSequenceClassification.from_pretrained(
                 source,
+                dtype=config.dtype,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
                 trust_remote_code=False,

@@ -65,6 +65,7 @@ class TokenClassification(Task):
             )
             return tokenizer, *AutoModelForTokenClassification.from_pretrained(
                 source,
+                dtype=config.dtype,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
                 trust_remote_code=False,
@@ -98,6 +99,19 @@ class TokenClassification(Task):
             examples.append({**{key: batch[key][i] for key in batch}, "labels": labels})
         return examples
 
+    def trainer(
+        self,
+        loaded: Loaded,
+        examples: list[Any],
+        order: list[int],
+        settings: dict[str, Any],
+        **more: Any,
+    ) -> Any:
+        """Trainer's own, with the mean over all words of a step, however it is split."""
+        return super().trainer(
+            loaded, examples, order, settings, compute_loss_func=_mean_over_words, **more
+        )
+
     def scored(
         self,
         logits: list[torch.Tensor],
@@ -123,6 +137,15 @@ class TokenClassification(Task):
             found.append([len(ours & theirs), len(ours)])
             wanted.append(len(theirs))
         return Predictions(found, wanted)
+
+
+def _mean_over_words(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> Any:
+    """Cross-entropy over the words of a part, as its share of the mean over the whole step."""
+    flat = outputs.logits.flatten(0, 1).float()
+    total = torch.nn.functional.cross_entropy(
+        flat, labels.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+    return total / ((labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
 
 
 def entities(tags: list[str]) -> set[tuple[int, int, str]]:

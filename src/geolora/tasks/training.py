@@ -7,7 +7,9 @@ import shutil
 import statistics
 import sys
 import time
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,9 +18,10 @@ import torch
 
 from geolora import __version__
 from geolora.errors import DataError, DivergedError
+from geolora.tasks import processes
 from geolora.tasks.causal_lm import CausalLM
 from geolora.tasks.checkpoints import Stopped, checkpoint_callback, flush, latest, write_json
-from geolora.tasks.config import TrainConfig, check, planned_steps, unfinished
+from geolora.tasks.config import TrainConfig, check, parts, planned_steps, unfinished
 from geolora.tasks.image_classification import ImageClassification
 from geolora.tasks.memory import peak_bytes, reset_peak
 from geolora.tasks.metrics import METRICS_OF, score
@@ -26,6 +29,7 @@ from geolora.tasks.order import batch_order
 from geolora.tasks.output import alone, clear, writing
 from geolora.tasks.peers import (
     CAN_RESUME,
+    Kept,
     add_adapter,
     callbacks_of,
     finish,
@@ -37,7 +41,7 @@ from geolora.tasks.peers import (
 from geolora.tasks.task import Data, Rows, Task
 from geolora.tasks.text_classification import TextClassification, TextRegression
 from geolora.tasks.token_classification import TokenClassification
-from geolora.trainer import progress_callback
+from geolora.trainer import log_ranks, progress_callback
 
 TASKS: dict[str, Task] = {
     "text-classification": TextClassification(),
@@ -101,6 +105,7 @@ def train(config: TrainConfig, data: Data, choice: Rows | None = None) -> Outcom
     from transformers import set_seed
 
     task = TASKS[config.task]
+    processes.join()
     reset_peak()
     set_seed(config.seed)
     loaded = task.load(config, data)
@@ -120,15 +125,10 @@ def train(config: TrainConfig, data: Data, choice: Rows | None = None) -> Outcom
 
     output, data_id = Path(config.output), data.digest()
     run_id = _identity(config, data_id)
-    with writing(output):
-        resume = None if config.overwrite else _checkpoint(config, data_id, run_id)
-        if resume is None:
-            clear(output)
-        output.mkdir(parents=True, exist_ok=True)
-    with writing(output), alone(output):
-        write_json(output / "run.json", {**asdict(config), "data": data_id})
-        keep_start(model, config, output / "start")
-
+    with writing(output), _opened(config, data_id, run_id) as resume:
+        if processes.first():
+            write_json(output / "run.json", {**asdict(config), "data": data_id})
+            keep_start(model, config, output / "start")
         clock = _clock(resume)
         checkpoints = checkpoint_callback(run_id, config.method in CAN_RESUME)
         trainer = task.trainer(
@@ -138,10 +138,19 @@ def train(config: TrainConfig, data: Data, choice: Rows | None = None) -> Outcom
             _arguments(config, total),
             model=model,
             optimizer_cls_and_kwargs=optimizer,
-            callbacks=[progress_callback(), clock, *callbacks_of(model, config), checkpoints],
+            callbacks=[
+                *([progress_callback()] if processes.first() else []),
+                clock,
+                *callbacks_of(model, config),
+                checkpoints,
+            ],
         )
         _only_our_bar(trainer)
+        log_ranks(trainer)
+        if config.gradient_checkpointing:
+            model.enable_input_require_grads()  # the embeddings are frozen
         start(model, config, batches, resumed=resume is not None)
+        processes.own_dropout(config.seed)
         try:
             trainer.train(resume_from_checkpoint=resume and str(resume))
         except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
@@ -159,44 +168,73 @@ def train(config: TrainConfig, data: Data, choice: Rows | None = None) -> Outcom
             raise Stopped(_how_to_go_on(config, checkpoints.stopped, total))
         trainable = sum(p.numel() for p in trained)
         finish(model, config)
-        partial = output / "adapter.partial"
-        clear(partial)
-        kept = save(model, config, partial, output / "start")
-        loaded.processor.save_pretrained(partial)
-        flush(partial)
-        clear(output / "adapter")
-        partial.rename(output / "adapter")
+        kept = _save_adapter(model, config, loaded.processor) if processes.first() else None
 
         metric = config.metric or METRICS_OF[config.task][0]
         found = task.predict(trainer, loaded, data.held_out, config)
-        report = {
-            "method": config.method,
-            "task": config.task,
-            "metric": metric,
-            "value": score(metric, *found),
-            "train_loss": _last_tenth(history),
-            "steps": total,
-            "seconds": sum(clock.seconds),
-            "seconds_per_step": statistics.median(clock.seconds),
-            "trainable_parameters": trainable,
-            "adapter_parameters": kept.adapter_parameters,
-            "exported_parameters": kept.exported_parameters,
-            "ranks": kept.ranks,
-            "peak_memory_bytes": peak_bytes(),
-            "seed": config.seed,
-            "versions": versions(),
-            "command": " ".join(["geolora", *sys.argv[1:]]),
-        }
         chosen_on = None
         if choice is not None:
             chosen_on = score(metric, *task.predict(trainer, loaded, choice, config))
-        write_json(output / "history.json", history)
-        if data.names:
-            write_json(output / "labels.json", data.names)
-        write_json(output / "report.json", report)
-        for leftover in ("checkpoints", "start"):
-            shutil.rmtree(output / leftover, ignore_errors=True)
+        if kept is not None:
+            report = {
+                "method": config.method,
+                "task": config.task,
+                "metric": metric,
+                "value": score(metric, *found),
+                "train_loss": _last_tenth(history),
+                "steps": total,
+                "seconds": sum(clock.seconds),
+                "seconds_per_step": statistics.median(clock.seconds),
+                "trainable_parameters": trainable,
+                "adapter_parameters": kept.adapter_parameters,
+                "exported_parameters": kept.exported_parameters,
+                "ranks": kept.ranks,
+                "peak_memory_bytes": peak_bytes(),
+                "seed": config.seed,
+                "processes": processes.count(),
+                "versions": versions(),
+                "command": " ".join(["geolora", *sys.argv[1:]]),
+            }
+            write_json(output / "history.json", history)
+            if data.names:
+                write_json(output / "labels.json", data.names)
+            write_json(output / "report.json", report)
+            for leftover in ("checkpoints", "start"):
+                shutil.rmtree(output / leftover, ignore_errors=True)
+        processes.wait()
+        report = json.loads((output / "report.json").read_text(encoding="utf-8"))
     return Outcome(report, history, *found, chosen_on)
+
+
+@contextmanager
+def _opened(config: TrainConfig, data_id: str, run_id: str) -> Iterator[Path | None]:
+    """The output folder, held for this run and emptied unless it is gone on with; gives the checkpoint to go on from.
+
+    Of several processes the first empties and holds it, when all have looked.
+    """
+    output = Path(config.output)
+    resume = None if config.overwrite else _checkpoint(config, data_id, run_id)
+    processes.wait()
+    if processes.first():
+        if resume is None:
+            clear(output)
+        output.mkdir(parents=True, exist_ok=True)
+    processes.wait()
+    with alone(output) if processes.first() else nullcontext():
+        yield resume
+
+
+def _save_adapter(model: Any, config: TrainConfig, processor: Any) -> Kept:
+    """Write `adapter/`, at once or not at all."""
+    output = Path(config.output)
+    partial = output / "adapter.partial"
+    clear(partial)
+    kept = save(model, config, partial, output / "start")
+    processor.save_pretrained(partial)
+    flush(partial)
+    clear(output / "adapter")
+    partial.rename(output / "adapter")
+    return kept
 
 
 def _diverged(trainer: Any) -> DivergedError:
@@ -228,7 +266,12 @@ def _arguments(config: TrainConfig, total: int) -> dict[str, Any]:
     return {
         "output_dir": str(Path(config.output) / "checkpoints"),
         "max_steps": total,
-        "per_device_train_batch_size": config.batch_size,
+        # rows of a step, however they are split
+        "per_device_train_batch_size": config.batch_size // parts(config),
+        "gradient_accumulation_steps": config.gradient_accumulation,
+        _checkpointing(): config.gradient_checkpointing,
+        "bf16": config.mixed_precision == "bf16",
+        "fp16": config.mixed_precision == "fp16",
         "per_device_eval_batch_size": max(config.batch_size, 64),
         "lr_scheduler_type": "linear",
         "warmup_steps": round(WARMUP * total),
@@ -240,11 +283,20 @@ def _arguments(config: TrainConfig, total: int) -> dict[str, Any]:
         "save_strategy": "steps" if config.save_every else "no",
         "save_steps": config.save_every or total,
         "seed": config.seed,
-        "report_to": "none",
-        "use_cpu": torch.backends.mps.is_available(),  # MPS has no float64
+        "report_to": config.report_to.split(","),
+        "ddp_find_unused_parameters": False,
+        "use_cpu": processes.on_cpu(),
         "dataloader_pin_memory": torch.cuda.is_available(),
         "disable_tqdm": True,
     }
+
+
+def _checkpointing() -> str:
+    """What `TrainingArguments` calls gradient checkpointing: the newer name where it knows it."""
+    from transformers import TrainingArguments
+
+    known = {spec.name for spec in fields(TrainingArguments)}
+    return next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in known)
 
 
 def _only_our_bar(trainer: Any) -> None:
@@ -278,7 +330,8 @@ def _clock(resume: Path | None) -> Any:
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            write_json(folder / SECONDS, self.seconds, indent=None)
+            if processes.first():
+                write_json(folder / SECONDS, self.seconds, indent=None)
 
     return Clock()
 

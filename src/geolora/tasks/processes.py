@@ -1,0 +1,51 @@
+"""One run in several processes (`torchrun`, `accelerate launch`): who writes, and what all agree on."""
+
+import os
+
+import torch
+
+
+def count() -> int:
+    """How many processes share the run, as the launcher says."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def join() -> None:
+    """Form the group of processes, where there are several."""
+    if count() > 1:
+        from accelerate import PartialState
+
+        PartialState(cpu=on_cpu())
+
+
+def on_cpu() -> bool:
+    """Whether to train on the CPU: without a GPU, and on a Mac, whose GPU has no float64."""
+    return torch.backends.mps.is_available() or not torch.accelerator.is_available()
+
+
+def first() -> bool:
+    """Whether this process writes for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def wait() -> None:
+    """Until all processes are here."""
+    if count() > 1:
+        torch.distributed.barrier()
+
+
+def any_of(asked: bool) -> bool:
+    """Whether it holds in any process; all must ask."""
+    if count() == 1:
+        return asked
+    from accelerate import PartialState
+
+    found = torch.tensor([int(asked)], device=PartialState().device)
+    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
+    return bool(found.item())
+
+
+def own_dropout(seed: int) -> None:
+    """Give every process random numbers of its own, where there are several: they see other rows."""
+    if count() > 1:
+        torch.manual_seed(seed + int(os.environ["RANK"]))

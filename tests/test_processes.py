@@ -1,0 +1,195 @@
+"""Two processes (gloo, CPU) against one that has all rows: DDP, FSDP2, what is not finite, and `geolora train`."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import geolora
+from geolora.errors import SettingError
+from geolora.tasks.config import TrainConfig, check
+from models import backward, lora_net, products, reviews, tiny_bert
+
+STEPS = 100
+CYCLE = {"prune_every": 12, "budget": 120}
+"""Ranks grow and are judged eight times."""
+SETTINGS = {
+    "adaptive": ({"lr": 0.005, **CYCLE}, 1e-6),
+    "momentum": ({"lr": 0.5, "moments": "momentum", **CYCLE}, 1e-9),
+}
+"""With a bound on how far rounding carries in STEPS: the mean of two halves, in one process, is 1.4e-8
+and 2e-14 from the mean of all (an adaptive step moves small directions as far as large ones)."""
+
+CHILD = """
+import sys
+sys.path[:0] = {path!r}
+import warnings
+import torch
+from torch import distributed, nn
+import geolora
+from geolora.errors import SettingError
+from geolora.tasks.config import TrainConfig, check
+from models import Net, batch, lora_net, products
+rank, how = int(sys.argv[1]), sys.argv[2]
+distributed.init_process_group("gloo", init_method="file://{file}", rank=rank, world_size=2)
+torch.manual_seed(rank)  # other numbers in every process, until the model is wrapped
+model = lora_net()
+if how == "fsdp2":
+    from torch.distributed.fsdp import fully_shard
+    torch.manual_seed(0)
+    model = lora_net()
+    for layer in ("first", "second", "down", "head"):
+        fully_shard(model.base_model.model.get_submodule(layer))
+    fully_shard(model)
+    optimizer, run = geolora.GeoLoRA(model, **{settings!r}), model
+else:
+    if rank == 0:
+        torch.manual_seed(0)
+        model = lora_net()
+    optimizer = geolora.GeoLoRA(model, **{settings!r})
+    run = nn.parallel.DistributedDataParallel(model)
+x, labels = batch()
+mine = slice(0, 12) if rank == 0 else slice(12, 24)
+said = []
+warnings.showwarning = lambda message, *_, **__: said.append(str(message))
+warnings.simplefilter("always")
+for step in range({steps}):
+    model.zero_grad()
+    nn.functional.cross_entropy(run(x[mine]), labels[mine]).backward()
+    optimizer.step()
+
+
+def whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+found = {{name: whole(p.detach()).clone() for name, p in model.named_parameters() if p.requires_grad}}
+before = {{name: p.clone() for name, p in found.items()}}
+model.zero_grad()
+bad = x[mine].clone()
+if rank == 1:
+    bad[0, 0] = float("nan")
+nn.functional.cross_entropy(run(bad), labels[mine]).backward()
+optimizer.step()
+after = {{name: whole(p.detach()) for name, p in model.named_parameters() if p.requires_grad}}
+untouched = all(torch.equal(before[name], after[name]) for name in before)
+torch.save((found, optimizer.settled_ranks(), untouched, said), sys.argv[3])
+distributed.destroy_process_group()
+"""
+
+
+def in_two(code: str, how: str, folder: Path) -> list[Any]:
+    """What two processes that run the code save."""
+    files = [folder / f"{rank}.pt" for rank in range(2)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(rank), how, str(file)],
+            env=env, stderr=subprocess.PIPE,
+        )
+        for rank, file in enumerate(files)
+    ]  # fmt: skip
+    for run in runs:
+        _, errors = run.communicate(timeout=240)
+        assert run.returncode == 0, errors.decode()[-3000:]
+    return [torch.load(file) for file in files]
+
+
+@pytest.mark.parametrize("moments", SETTINGS)
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+def test_two_processes_train_what_one_trains_on_all_rows(
+    how: str, moments: str, tmp_path: Path
+) -> None:
+    settings, bound = SETTINGS[moments]
+    code = CHILD.format(
+        path=[str(Path(__file__).parent)], file=tmp_path / "meet", settings=settings, steps=STEPS
+    )
+    (left, ranks, untouched, said), (right, other, *_rest) = in_two(code, how, tmp_path)
+    assert ranks == other
+    assert all(torch.equal(left[name], right[name]) for name in left), (
+        "the same in both, bit for bit"
+    )
+
+    torch.manual_seed(0)
+    model = lora_net()
+    optimizer = geolora.GeoLoRA(model, **settings)
+    for _ in range(STEPS):
+        backward(model)
+        optimizer.step()
+    assert optimizer.settled_ranks() == ranks
+    theirs = lora_net()
+    parameters = dict(theirs.named_parameters())
+    for name, value in left.items():
+        parameters[name].data.copy_(value)
+    for name, W in products(model).items():
+        gap = torch.linalg.matrix_norm(W - products(theirs)[name]) / torch.linalg.matrix_norm(W)
+        assert gap < bound, name
+
+    assert untouched, "a step with what is no number in one process moves nothing in any"
+    assert len([line for line in said if "skipped, gradients not finite" in line]) == 1
+
+
+@pytest.mark.slow
+def test_train_in_two_processes_is_that_in_one_and_goes_on_exactly(tmp_path: Path) -> None:
+    tiny_bert(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    for name, rows in (("train", reviews(120)), ("dev", reviews(41, seed=1))):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+
+    def started(output: str, processes: int, *more: str) -> subprocess.Popen:
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--standalone",
+            "--nproc-per-node", str(processes), "-m", "geolora.cli", "train", "--model", "model",
+            "--train", "train.jsonl", "--eval", "dev.jsonl", "--rank", "4", "--lr", "0.01",
+            "--max-steps", "40", "--batch-size", "16", "--save-every", "4", "--output", output, *more,
+        ]  # fmt: skip
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, cwd=tmp_path, env=env, **pipes)
+
+    def ended(run: subprocess.Popen, code: int = 0) -> str:
+        out, errors = run.communicate(timeout=240)
+        assert (run.returncode == 0) == (code == 0), errors[-3000:]
+        return out + errors
+
+    def read(output: str, name: str) -> Any:
+        return json.loads((tmp_path / output / name).read_text())
+
+    def adapter(output: str) -> dict[str, torch.Tensor]:
+        return load_file(tmp_path / output / "adapter" / "adapter_model.safetensors")
+
+    assert ended(started("two", 2)).count("written:") == 1
+    ended(started("one", 1, "--gradient-accumulation", "2"))
+    assert [read(name, "report.json")["processes"] for name in ("two", "one")] == [2, 1]
+    histories = [read(name, "history.json")[:5] for name in ("two", "one")]
+    for left, right in zip(*histories, strict=True):
+        assert left["loss"] == pytest.approx(right["loss"], rel=1e-3)
+
+    run = started("stopped", 2)
+    sealed = tmp_path / "stopped" / "checkpoints" / "checkpoint-4" / "geolora.json"
+    while not sealed.exists() and run.poll() is None:
+        time.sleep(0.02)
+    run.send_signal(signal.SIGTERM)
+    assert "geolora: stopped after step" in ended(run, 1)
+    assert not (tmp_path / "stopped" / "report.json").exists()
+    ended(started("stopped", 2))
+    assert read("stopped", "report.json")["ranks"] == read("two", "report.json")["ranks"]
+    ours, theirs = adapter("stopped"), adapter("two")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_rows_that_cannot_be_shared_out_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    config = TrainConfig(model="m", train="t", eval="e", batch_size=6, gradient_accumulation=2)
+    with pytest.raises(SettingError, match="`--batch-size` must be a multiple of 4 .*; got 6"):
+        check(config)
