@@ -1,4 +1,4 @@
-"""`geolora demo | train | compare | inspect | export | verify`: wiring and the one-line errors."""
+"""`geolora demo | train | compare | plot | inspect | export | verify`: wiring and the one-line errors."""
 
 import argparse
 import os
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from geolora import __version__
-from geolora.cli import compare, demo, export, inspect, train, verify
+from geolora.cli import compare, demo, export, inspect, plot, train, verify
 from geolora.errors import GeoloraError
 from geolora.tasks.data import nearest
 
@@ -16,6 +16,7 @@ COMMANDS = {
     "demo": demo,
     "train": train,
     "compare": compare,
+    "plot": plot,
     "inspect": inspect,
     "export": export,
     "verify": verify,

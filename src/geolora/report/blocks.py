@@ -6,13 +6,13 @@ from html import escape
 from typing import Any
 
 NOT_IN_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
-FOLDERS = re.compile(r"(?<![\w.~/:\\-])(?:~|[A-Za-z]:)?[\\/](?:[^\s\\/]+[\\/])*(?=[^\s\\/])")
+FOLDERS = re.compile(r"(?<![\w.~/:<\\-])(?:~|[A-Za-z]:)?[\\/](?:[^\s\\/]+[\\/])*(?=[^\s\\/])")
 """The folders of an absolute path; relative paths and addresses are left alone."""
 
 STYLE = """
 :root { color-scheme: light; }
 body { font: 16px/1.5 system-ui, "Segoe UI", Roboto, Arial, sans-serif; color: #1b1f24;
-  background: #fff; max-width: 72rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; }
+  background: #fff; max-width: 76rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: .5rem 0; }
 h2 { font-size: 1.2rem; margin: 2.2rem 0 .5rem; border-bottom: 1px solid #d0d7de; }
 h3 { font-size: 1rem; margin: 1.2rem 0 .3rem; }
@@ -20,12 +20,13 @@ p { max-width: 48rem; margin: .4rem 0; }
 .note { color: #57606a; font-size: .9rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; margin: .6rem 0; overflow-wrap: normal; }
-th, td { padding: .25rem .7rem; text-align: left; vertical-align: top;
+th, td { padding: .25rem .6rem; text-align: left; vertical-align: top;
   border-bottom: 1px solid #e5e8eb; }
-thead th { vertical-align: bottom; border-bottom: 2px solid #8c959f; }
+thead th, thead th.number { vertical-align: bottom; white-space: normal; border-bottom: 2px solid #8c959f; }
 tbody + tbody { border-top: 2px solid #8c959f; }
 tbody th { font-weight: 600; }
 .number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
+.name { white-space: nowrap; }
 .words td { overflow-wrap: anywhere; min-width: 8rem; }
 .bad { color: #a40e26; }
 .big { font-size: 1.3rem; }

@@ -33,7 +33,7 @@ def rank_map(folder: str | Path) -> Path | None:
         return None
     folder = Path(folder)
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    figure = map_figure(report["ranks"], max(1, *report["ranks"].values()))
+    figure = map_figure(report["ranks"], max([1, *report["ranks"].values()]))
     figure.axes[0].set_title(
         f"ranks found by {report['method']}: {report['adapter_parameters']:,} parameters, "
         f"{report['metric']} {report['value']:.3f}",
@@ -58,22 +58,30 @@ def adapter_figures(rows: list[dict[str, Any]], folder: Path, judged: str) -> li
     return paths
 
 
-def map_figure(ranks: dict[str, int], top: int, bar: bool = True) -> Any:
-    """A figure of its own of the ranks of layers; `bar`: with the scale of colours."""
+def map_figure(ranks: dict[str, int], top: int, small: bool = False) -> Any:
+    """A figure of its own of the ranks of layers; a small one has no scale of colours."""
     from matplotlib.figure import Figure
 
     kinds, depths, _ = rank_table(ranks)
-    width = 2.0 * bar + 0.6 * (not bar) + 0.09 * max(map(len, kinds)) + 0.55 * len(depths)
-    figure = Figure(figsize=(width, 1.6 + 0.4 * len(kinds)), layout="constrained")
+    letters = max(map(len, kinds))
+    if small:
+        size = (0.4 + 0.075 * letters + 0.34 * len(depths), 0.9 + 0.28 * len(kinds))
+    else:
+        size = (2.0 + 0.09 * letters + 0.55 * len(depths), 1.6 + 0.4 * len(kinds))
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
-    cells = draw_map(axes, ranks, top)
-    if bar:
+    cells = draw_map(axes, ranks, top, "small" if small else None)
+    if not small:
         figure.colorbar(cells, label="rank")
     return figure
 
 
-def draw_map(axes: Any, ranks: dict[str, int], top: int) -> Any:
-    """The ranks of layers as coloured cells with their numbers; returns the cells."""
+def draw_map(axes: Any, ranks: dict[str, int], top: int, letters: str | None = None) -> Any:
+    """The ranks of layers as coloured cells with their numbers; returns the cells.
+
+    Args:
+        letters: their size, matplotlib's default if not given.
+    """
     kinds, depths, table = rank_table(ranks)
     cells = draw_cells(
         axes, [[None if value is None else float(value) for value in row] for row in table], 0, top
@@ -81,11 +89,11 @@ def draw_map(axes: Any, ranks: dict[str, int], top: int) -> Any:
     for y, row in enumerate(table):
         for x, value in enumerate(row):
             if value is not None:
-                dark = value < 0.6 * top
-                axes.text(x, y, str(value), ha="center", va="center", color="w" if dark else "k")
-    axes.set_xticks(range(len(depths)), depths)
-    axes.set_yticks(range(len(kinds)), kinds)
-    axes.set_xlabel("layer")
+                color = "w" if value < 0.6 * top else "k"
+                axes.text(x, y, str(value), ha="center", va="center", color=color, size=letters)
+    axes.set_xticks(range(len(depths)), depths, size=letters)
+    axes.set_yticks(range(len(kinds)), kinds, size=letters)
+    axes.set_xlabel("layer", size=letters)
     return cells
 
 

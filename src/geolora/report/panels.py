@@ -1,5 +1,6 @@
 """What a comparison's figures show of one task, drawn on axes; no number is computed here."""
 
+from math import isfinite
 from typing import Any
 
 from geolora.report.figures import draw_cells
@@ -60,7 +61,7 @@ def learning_rates(axes: Any, summary: dict[str, Any], task: str) -> None:
     """Score of every method over the step sizes that were tried."""
     chosen = {row["method"]: row["lr"] for row in summary["rows"] if row["task"] == task}
     marks = "ring: chosen on held-back training rows"
-    for method, color in colors(summary).items():
+    for index, (method, color) in enumerate(colors(summary).items()):
         tried = [
             row
             for row in summary["learning_rates"]
@@ -69,8 +70,9 @@ def learning_rates(axes: Any, summary: dict[str, Any], task: str) -> None:
         tried.sort(key=lambda row: row["lr"])
         if lost := [row["lr"] for row in tried if row["diverged"]]:
             marks = "ring: chosen on held-back rows; x: a run diverged"
+            height = 0.03 + 0.04 * (index % 20)  # of the panel: none hides another
             axes.plot(
-                lost, [0.03] * len(lost), "x", color=color, transform=axes.get_xaxis_transform()
+                lost, [height] * len(lost), "x", color=color, transform=axes.get_xaxis_transform()
             )
         points = [row for row in tried if row["value"] is not None]
         if not points:
@@ -120,7 +122,7 @@ def budget_map(axes: Any, summary: dict[str, Any], found: dict[str, Any]) -> Any
     budgets, lrs = found["budgets"][::-1], found["lrs"]
     fields = {(field["budget"], field["lr"]): field for field in found["fields"]}
     table = [[fields[b, lr]["value"] if (b, lr) in fields else None for lr in lrs] for b in budgets]
-    values = [value for row in table for value in row if value is not None]
+    values = [value for row in table for value in row if value is not None and isfinite(value)]
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     less = found["task"] in summary.get("lower_is_better", ())
     cells = draw_cells(axes, table, low, high, "viridis_r" if less else "viridis")
@@ -133,11 +135,13 @@ def budget_map(axes: Any, summary: dict[str, Any], found: dict[str, Any]) -> Any
             if lost:
                 corner = (x - 0.5, y - 0.5)
                 axes.add_patch(
-                    Rectangle(corner, 1, 1, fill=False, hatch="///", edgecolor="0.55", linewidth=0)
+                    Rectangle(
+                        corner, 1, 1, fill=False, hatch="///", edgecolor="0.55", linewidth=0.5
+                    )
                 )
             some = DIVERGED if lost == runs else f"{lost} of {runs}\n{DIVERGED}"
             words = "\n".join(
-                [*([f"{value:.4g}"] if value is not None else []), *([some] if lost else [])]
+                [*([f"{value:.3f}"] if value is not None else []), *([some] if lost else [])]
             )
             pale = lost or value is None or ((value - low) > 0.6 * (high - low)) != less
             box = {"facecolor": "w", "edgecolor": "none", "alpha": 0.85, "pad": 1.5}

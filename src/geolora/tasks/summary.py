@@ -32,7 +32,7 @@ def summarise(
 
     Returns:
         {"against", "rows": one per task and method at the chosen step size, "means": one per method
-        that has a score on all of several tasks, "learning_rates": one per task, method and step
+        that has a score on all of several tasks, where more is better on all or less on all, "learning_rates": one per task, method and step
         size, "curves": training losses, "maps": ranks, "budgets": maps of budget and step size,
         "failures": the runs that diverged, and what the runs were: "metrics", "lower_is_better",
         "seeds", "choose_on", "settings", "versions"}. Spreads are standard deviations over seeds;
@@ -89,7 +89,7 @@ def summarise(
         "metrics": metrics,
         "lower_is_better": [task for task, name in metrics.items() if name in LOWER_IS_BETTER],
         "rows": rows,
-        "means": _means(rows, gaps),
+        "means": _means(rows, gaps) if _same_direction(metrics) else [],
         "learning_rates": sweeps,
         "curves": curves,
         "maps": maps,
@@ -203,6 +203,10 @@ def _interval(gaps: list[_Gap]) -> dict[str, Any]:
     mean = statistics.fmean(gap.mean for gap in gaps)
     seeds = min(gap.seeds for gap in gaps)
     return {"mean": mean, "low": float(low), "high": float(high), "seeds": seeds}
+
+
+def _same_direction(metrics: dict[str, str]) -> bool:
+    return len({name in LOWER_IS_BETTER for name in metrics.values()}) < 2
 
 
 def _means(rows: list[dict[str, Any]], gaps: dict[str, dict[str, _Gap]]) -> list[dict[str, Any]]:
