@@ -45,8 +45,9 @@ def draw_run(folder: Path, report: dict[str, Any]) -> list[Path]:
     from geolora.report.pages import write_run
     from geolora.tasks.metrics import LOWER_IS_BETTER
 
-    figure = rank_map(folder)
-    write_run(folder, report["metric"] in LOWER_IS_BETTER)
+    lower = report["metric"] in LOWER_IS_BETTER
+    figure = rank_map(folder, lower)
+    write_run(folder, lower)
     return [figure] if figure else []
 
 

@@ -34,7 +34,7 @@ tbody th { font-weight: 600; }
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); }
 .row { display: flex; flex-wrap: wrap; gap: .5rem 1rem; }
 figure { margin: .3rem 0; overflow-x: auto; max-width: 100%; break-inside: avoid; }
-figure svg, figure img { display: block; height: auto; }
+figure svg, figure img { display: block; max-width: 100%; height: auto; }
 .figures figure > svg, .figures figure > img { width: 100%; }
 figure svg * { stroke-linejoin: round; stroke-linecap: butt; }
 figure svg text { font-family: "DejaVu Sans", Verdana, Arial, sans-serif; }

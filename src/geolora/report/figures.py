@@ -23,8 +23,11 @@ def can_draw() -> bool:
     return find_spec("matplotlib") is not None
 
 
-def rank_map(folder: str | Path) -> Path | None:
+def rank_map(folder: str | Path, lower_is_better: bool = False) -> Path | None:
     """Draw `ranks.png` into a run's folder: the rank of every layer by depth and kind.
+
+    Args:
+        lower_is_better: whether less of the run's metric is better.
 
     Returns:
         The figure, or None where matplotlib is not installed.
@@ -36,7 +39,7 @@ def rank_map(folder: str | Path) -> Path | None:
     figure = map_figure(report["ranks"], max([1, *report["ranks"].values()]))
     figure.axes[0].set_title(
         f"ranks found by {report['method']}: {report['adapter_parameters']:,} parameters, "
-        f"{report['metric']} {report['value']:.3f}",
+        f"{report['metric']} {report['value']:.3f}" + " (lower is better)" * lower_is_better,
         fontsize="medium",
     )
     path = folder / "ranks.png"
@@ -61,6 +64,7 @@ def adapter_figures(rows: list[dict[str, Any]], folder: Path, judged: str) -> li
 def map_figure(ranks: dict[str, int], top: int, small: bool = False) -> Any:
     """A figure of its own of the ranks of layers; a small one has no scale of colours."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     kinds, depths, _ = rank_table(ranks)
     letters = max(map(len, kinds))
@@ -72,7 +76,7 @@ def map_figure(ranks: dict[str, int], top: int, small: bool = False) -> Any:
     axes = figure.subplots()
     cells = draw_map(axes, ranks, top, "small" if small else None)
     if not small:
-        figure.colorbar(cells, label="rank")
+        figure.colorbar(cells, label="rank", ticks=MaxNLocator(integer=True))
     return figure
 
 

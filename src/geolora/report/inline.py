@@ -12,6 +12,8 @@ from geolora.report.blocks import Markup, clean, tag
 
 LARGEST = 400_000
 """Characters of an SVG; what is larger becomes a PNG."""
+SMALLEST = 0.62
+"""Part of its width to which a figure shrinks on a small screen before it scrolls."""
 NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 
 
@@ -36,17 +38,24 @@ def inline(figure: Any, label: str) -> Markup:
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
         figure.savefig(file, format="svg", metadata=NO_METADATA)
     drawn = file.getvalue().decode("utf-8")
+    width = 96 * figure.get_figwidth()
+    smallest = f"min-width:{SMALLEST * width:.0f}px"
     if len(drawn) > LARGEST:
         file = BytesIO()
         figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
         source = "data:image/png;base64," + b64encode(file.getvalue()).decode("ascii")
-        width = f"{figure.get_size_inches()[0] * 96:.0f}"
-        return tag("figure", tag("img", src=source, alt=label, width=width))
-    return tag("figure", _for_html(drawn, label))
+        return tag(
+            "figure", tag("img", src=source, alt=label, width=f"{width:.0f}", style=smallest)
+        )
+    return tag("figure", _for_html(drawn, {"aria-label": clean(label), "style": smallest}))
 
 
-def _for_html(drawn: str, label: str) -> Markup:
-    """An SVG file as an element of HTML: no namespaces, no style of its own, only ids in use."""
+def _for_html(drawn: str, given: dict[str, str]) -> Markup:
+    """An SVG file as an element of HTML: no namespaces, no style of its own, only ids in use.
+
+    Args:
+        given: attributes the element gets.
+    """
     used = set(re.findall(r"""(?:url\(#|href="#)([^")]+)""", drawn))
     root = ElementTree.fromstring(clean(drawn))
     for parent in list(root.iter()):
@@ -63,6 +72,9 @@ def _for_html(drawn: str, label: str) -> Markup:
             attributes.pop("id", None)
         if "style" in attributes:
             attributes["style"] = re.sub(r"font-family:[^;]*;\s*", "", attributes["style"])
-        element.attrib = {key: " ".join(value.split()) for key, value in attributes.items()}
-    root.attrib = {"role": "img", "aria-label": clean(label), **root.attrib}
+        element.attrib = {
+            key: ("" if key == "href" else " ").join(value.split())
+            for key, value in attributes.items()
+        }
+    root.attrib = {"role": "img", **given, **root.attrib}
     return Markup(ElementTree.tostring(root, encoding="unicode", short_empty_elements=False))

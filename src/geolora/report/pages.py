@@ -55,7 +55,7 @@ def write_comparison(folder: str | Path) -> Path:
         )
         for scope in summary.get("settings", ())
     ]
-    content.append(_settings("Settings", scopes))
+    content.append(_settings(scopes))
     content.append(_versions(summary.get("versions", {})))
     return _write(folder, page(title, *content))
 
@@ -71,14 +71,14 @@ def write_run(folder: str | Path, lower_is_better: bool = False) -> Path:
     history = _read(folder / "history.json") if (folder / "history.json").exists() else []
     settings = _read(folder / "run.json") if (folder / "run.json").exists() else {}
     metric = report["metric"] + " (lower is better)" * lower_is_better
-    title = f"{report['method']}: {report['metric']} {report['value']:.4f}"
+    title = f"{report['method']} on {report['task']}: {report['metric']} {report['value']:.4f}"
     ranks = list(report["ranks"].values())
     facts = [
         (metric, f"{report['value']:.4f}"),
         ("training loss, mean of the last tenth", f"{report['train_loss']:.4f}"),
         ("adapter parameters", f"{report['adapter_parameters']:,}"),
         ("numbers in the adapter file", f"{report['exported_parameters']:,}"),
-        ("trainable parameters, with the head", f"{report['trainable_parameters']:,}"),
+        ("trainable parameters", f"{report['trainable_parameters']:,}"),
         ("ranks", f"{min(ranks)} to {max(ranks)} in {_count(ranks, 'layer')}"),
         ("steps", f"{report['steps']:,}"),
         ("seconds per step", f"{report['seconds_per_step']:.3f}"),
@@ -86,9 +86,8 @@ def write_run(folder: str | Path, lower_is_better: bool = False) -> Path:
         ("peak memory", f"{report['peak_memory_bytes'] / 1e6:,.0f} MB"),
         ("seed", str(report["seed"])),
     ]
-    lead = f"A {report['task']} model, fine-tuned with {report['method']} by geolora."
     rows = [[tag("th", name, scope="row"), number(value)] for name, value in facts]
-    content = [tag("p", lead), section("Result", table([], [rows]))]
+    content = [tag("p", "One training run of geolora."), section("Result", table([], [rows]))]
     if can_draw():
         with plain_names():
             content.append(section("Training loss", *_history(history)))
@@ -98,8 +97,10 @@ def write_run(folder: str | Path, lower_is_better: bool = False) -> Path:
             )
     else:
         content.append(tag("p", NO_FIGURES, class_="note"))
-    shown = {k: v for k, v in settings.items() if k not in NOT_SETTINGS and v is not None}
-    content.append(_settings("Settings", [("this run", shown)] if shown else []))
+    given = {k: v for k, v in settings.items() if k not in NOT_SETTINGS and v is not None}
+    if given:
+        shown = [[tag("td", tag("code", key)), _setting(value)] for key, value in given.items()]
+        content.append(section("Settings", table(["setting", "value"], [shown])))
     content.append(_versions({k: [v] for k, v in report["versions"].items()}))
     content.append(section("Command", tag("pre", without_folders(report["command"]))))
     return _write(folder, page(title, *content))
@@ -257,7 +258,7 @@ def _history(history: list[dict[str, Any]]) -> list[Markup]:
     """The training loss of a run over its steps."""
     if not history:
         return []
-    figure = _empty(6.4, 3.4)
+    figure = _empty(5.6, 3.4)
     axes = figure.subplots()
     axes.grid(alpha=0.25)
     axes.plot([entry["step"] for entry in history], [entry["loss"] for entry in history])
@@ -284,8 +285,8 @@ def _colors(axes: Any) -> dict[str, str]:
     return found
 
 
-def _settings(title: str, scopes: list[tuple[str, dict[str, Any]]]) -> Markup:
-    """Settings by what they are of."""
+def _settings(scopes: list[tuple[str, dict[str, Any]]]) -> Markup:
+    """Settings of a comparison by what they are of."""
     bodies = []
     for name, values in scopes:
         first = tag("th", name, rowspan=str(len(values)), scope="rowgroup")
@@ -295,7 +296,8 @@ def _settings(title: str, scopes: list[tuple[str, dict[str, Any]]]) -> Markup:
                 for i, (key, value) in enumerate(values.items())
             ]
         )
-    return section(title, table(["of", "setting", "value"], bodies)) if bodies else Markup()
+    head = ["of", "setting", "value"]
+    return section("Settings", table(head, bodies)) if bodies else Markup()
 
 
 def _setting(value: Any) -> str:
