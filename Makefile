@@ -33,7 +33,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(PIP) datasets hypothesis pillow "pyright[nodejs]" pytest pytest-xdist ruff torchao trl
+	$(PIP) datasets hypothesis pillow "pyright[nodejs]" pytest pytest-xdist ruff shtab torchao trl
 	touch $@
 
 clean:

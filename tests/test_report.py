@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from geolora.report import comparison, figures, text
+from geolora.report import figures, panels, text
 
 RANKS = {
     "bert.encoder.layer.0.attention.self.query": 3,
@@ -156,4 +156,4 @@ def test_figures_of_an_adapter_hold_every_layer_without_overlap(
 def test_many_methods_have_different_colours() -> None:
     for count in (3, 10, 14, 20):
         summary = {"rows": [{"method": f"m{i}"} for i in range(count)]}
-        assert len(set(comparison._colors(summary).values())) == count
+        assert len(set(panels.colors(summary).values())) == count

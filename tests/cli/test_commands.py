@@ -89,6 +89,8 @@ def test_train_writes_an_adapter_that_stock_peft_loads(
     assert report["value"] > 0.9
     assert report["adapter_parameters"] <= 1200
     assert f"{report['value']:.4f}" in out
+    assert out.endswith(f"{tmp_path}/out/report.html\n")
+    assert f"{report['value']:.4f}" in (tmp_path / "out" / "report.html").read_text()
     assert f"{report['adapter_parameters']:,} parameters of a budget of 1,200" in out
     assert f"parameters={report['adapter_parameters']:,} of 1,200" in err
     history = json.loads((tmp_path / "out" / "history.json").read_text())

@@ -361,3 +361,49 @@ def test_figures_are_drawn_from_the_file_alone(files: Path, trained: list[TrainC
         "score_against_parameters.png", "learning_rates.png", "loss_curves.png", "rank_maps.png",
     ]  # fmt: skip
     assert all(path.stat().st_size > 5000 for path in drawn)
+
+
+def test_settings_stand_as_far_out_as_they_go(files: Path, trained: list[TrainConfig]) -> None:
+    plan = read_plan(plan_file(files))
+    summary = run_all(plan, lambda _: None)
+    scopes = {(s["task"], s["method"]): s["values"] for s in summary["settings"]}
+    assert scopes[None, None]["model"] == "m"
+    assert scopes[None, None]["train"] == "train.jsonl", "no folder of the machine"
+    assert scopes["one", None] == {"text": "text"}
+    assert scopes["two", None] == {"text": "other"}
+    assert scopes[None, "lora"] == {"method": "lora", "rank": 4, "lr": [1e-3, 1e-2]}
+    assert scopes[None, "ours"] == {"method": "geolora", "rank": 6, "lr": [None]}
+    assert scopes["two", "lora"] == {"max_steps": 4}
+    assert str(files) not in (plan.output / "comparison.json").read_text()
+    assert (summary["choose_on"], summary["seeds"]) == (0.25, [0, 1])
+    assert [(f["task"], f["method"], f["lr"], f["seed"]) for f in summary["failures"]] == [
+        ("two", "lora", 1e-2, 1)
+    ]
+
+
+def test_methods_that_differ_by_budget_alone_make_a_map() -> None:
+    results = []
+    for method, budget, rank in (("a", 10, 4), ("b", 20, 4), ("c", 30, 8), ("d", None, 4)):
+        for lr in (0.1, 0.2):
+            cell, run = result("t", method, lr, 0, None if lr == 0.2 else [1, 0])
+            config = TrainConfig(budget=budget, rank=rank, lr=lr)
+            results.append((cell._replace(config=config), run))
+    (found,) = summarise(results, "d")["budgets"]
+    assert (found["budgets"], found["lrs"]) == ([10, 20], [0.1, 0.2])
+    fields = {
+        (f["budget"], f["lr"]): (f["method"], f["value"], f["diverged"]) for f in found["fields"]
+    }
+    assert fields == {
+        (10, 0.1): ("a", 0.5, 0), (10, 0.2): ("a", None, 1),
+        (20, 0.1): ("b", 0.5, 0), (20, 0.2): ("b", None, 1),
+    }  # fmt: skip
+
+
+def test_scores_that_point_in_other_directions_have_no_mean() -> None:
+    results = [result(task, "a", None, 0, [1, 0]) for task in ("s", "t")]
+    assert len(summarise(results, "a")["means"]) == 1
+    results[1][1]["report"]["metric"] = "perplexity"
+    summary = summarise(results, "a")
+    assert summary["means"] == []
+    assert summary["lower_is_better"] == ["t"]
+    assert "t: perplexity (lower is better)" in table(summary)

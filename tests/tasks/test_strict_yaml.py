@@ -76,3 +76,23 @@ def test_settings_take_both_spellings() -> None:
 def test_settings_of_another_kind(given: dict, message: str) -> None:
     with pytest.raises(SettingError, match=message.replace("?", r"\?")):
         settings_of(given, TrainConfig, "here")
+
+
+WORDS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), max_size=30)
+
+
+@given(
+    WORDS,
+    WORDS,
+    st.none() | st.floats(0, 1e9, allow_nan=False),
+    st.integers(0, 2**32 - 1),
+    st.booleans(),
+)
+def test_what_is_written_is_read_as_the_same_settings(
+    train: str, text: str, lr: float | None, seed: int, packing: bool
+) -> None:
+    config = TrainConfig(model="m", train=train, text=text, lr=lr, seed=seed, packing=packing)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "run.yaml"
+        path.write_text(written(config), encoding="utf-8")
+        assert TrainConfig(**settings_of(read_yaml(path), TrainConfig, "run.yaml")) == config

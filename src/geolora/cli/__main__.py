@@ -1,4 +1,4 @@
-"""`geolora demo | train | compare | inspect | export | verify`: wiring and the one-line errors."""
+"""`geolora demo | train | compare | plot | inspect | export | verify`: wiring and the one-line errors."""
 
 import argparse
 import os
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from geolora import __version__
-from geolora.cli import compare, demo, export, inspect, train, verify
+from geolora.cli import compare, demo, export, inspect, plot, train, verify
 from geolora.errors import GeoloraError
 from geolora.tasks.data import nearest
 
@@ -16,6 +16,7 @@ COMMANDS = {
     "demo": demo,
     "train": train,
     "compare": compare,
+    "plot": plot,
     "inspect": inspect,
     "export": export,
     "verify": verify,
@@ -39,6 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"geolora {__version__}")
+    _offer_completion(parser)
     commands = parser.add_subparsers(
         dest="name", metavar="COMMAND", required=True, parser_class=Parser
     )
@@ -55,6 +57,15 @@ def build_parser() -> argparse.ArgumentParser:
         module.add_arguments(sub)
         sub.set_defaults(run=module.run, parser=sub)
     return parser
+
+
+def _offer_completion(parser: argparse.ArgumentParser) -> None:
+    """--print-completion bash, zsh or tcsh: a script for the shell, by the package shtab where it is installed."""
+    try:
+        import shtab
+    except ImportError:
+        return
+    shtab.add_argument_to(parser, help="print a script that completes geolora's words in a shell")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

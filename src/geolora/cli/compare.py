@@ -3,11 +3,13 @@
 import argparse
 from pathlib import Path
 
+from geolora.cli.plot import draw_comparison
+
 EXAMPLES = """examples:
   geolora compare comparison.yaml
 
 comparison.yaml:
-  output: comparison                # runs/, comparison.json, table.txt and figures
+  output: comparison                # runs/, comparison.json, table.txt, figures and report.html
   common: {model: ./my-model, max_steps: 200, max_length: 64}
   tasks:
     reviews: {train: train.jsonl, eval: dev.jsonl, text: sentence}
@@ -28,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Run what is missing, and print the table."""
-    from geolora.report.comparison import figures, table
+    from geolora.report.comparison import table
     from geolora.tasks.comparison import run_all
     from geolora.tasks.output import writing
     from geolora.tasks.plan import read_plan
@@ -38,8 +40,9 @@ def run(arguments: argparse.Namespace) -> None:
     text = table(summary)
     with writing(plan.output):
         Path(plan.output / "table.txt").write_text(text + "\n", encoding="utf-8")
-        drawn = figures(plan.output)
+        drawn = draw_comparison(plan.output)
     print(f"\n{text}\n")
     print(
-        f"written: {plan.output}/comparison.json, table.txt" + "".join(f", {p.name}" for p in drawn)
+        f"written: {plan.output}/comparison.json, table.txt, report.html"
+        + "".join(f", {path.name}" for path in drawn)
     )

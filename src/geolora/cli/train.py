@@ -4,7 +4,9 @@ import argparse
 import dataclasses
 import types
 import typing
+from pathlib import Path
 
+from geolora.cli.plot import draw_run
 from geolora.tasks.config import TrainConfig
 
 EXAMPLES = """examples:
@@ -12,19 +14,24 @@ EXAMPLES = """examples:
       --text sentence --output out
   geolora train --model ./my-model --train pairs.csv --eval dev.csv --text premise \\
       --text-pair hypothesis --budget 100000 --output out
-  geolora train --config run.yaml --seed 1            model: ./my-model, train: train.csv, …
+  geolora train --model ./my-model --train train.csv --eval dev.csv --print-config > run.yaml
+  geolora train --config run.yaml --seed 1
   geolora train --model ./my-model --train sts.csv --eval dev.csv --task text-regression \\
       --text a --text-pair b --label score --method lora --lr 1e-3 --output lora-out
 
-The output folder holds adapter/ (a PEFT adapter), report.json, history.json and figures. A run that
-was stopped goes on when started again with the same flags: after Ctrl-C from the step it was at,
-after a crash from its last checkpoint (--save-every), exactly as if it had never stopped.
+The output folder holds adapter/ (a PEFT adapter), report.json, history.json, figures and report.html,
+a page to send that needs no other file. A run that was stopped goes on when started again with the
+same flags: after Ctrl-C from the step it was at, after a crash from its last checkpoint
+(--save-every), exactly as if it had never stopped.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One flag per field of `TrainConfig`; what is not given is not in the namespace."""
     parser.add_argument("--config", help="YAML file of the flags below; flags given here win")
+    parser.add_argument(
+        "--print-config", action="store_true", help="print all settings as YAML, and train nothing"
+    )
     hints = typing.get_type_hints(TrainConfig)
     for spec in dataclasses.fields(TrainConfig):
         flag, text = f"--{spec.name.replace('_', '-')}", spec.metadata["help"]
@@ -45,16 +52,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Train, and print the result."""
     from geolora.tasks import processes, training
-    from geolora.tasks.strict_yaml import read_yaml, settings_of
+    from geolora.tasks.output import writing
+    from geolora.tasks.strict_yaml import read_yaml, settings_of, written
 
     path, names = arguments.config, [spec.name for spec in dataclasses.fields(TrainConfig)]
     given = {name: value for name, value in vars(arguments).items() if name in names}
-    written = settings_of(read_yaml(path), TrainConfig, path) if path else {}
-    config = TrainConfig(**{**written, **given})
+    of_file = settings_of(read_yaml(path), TrainConfig, path) if path else {}
+    config = TrainConfig(**{**of_file, **given})
+    if arguments.print_config:
+        print(written(config), end="")
+        return
     report = training.run(config)
     if not processes.first():
         return
-    draw_rank_map(config.output)
+    with writing(config.output):
+        draw_run(Path(config.output), report)
     print(summary(report, config.output, config.budget))
 
 
@@ -67,15 +79,8 @@ def summary(report: dict, output: str, budget: int | None = None) -> str:
         f"({report['seconds_per_step']:.3f} s each)\n"
         f"adapter: {report['adapter_parameters']:,} parameters{limit} in {len(ranks)} layers, "
         f"ranks {min(ranks)} to {max(ranks)} (file: {report['exported_parameters']:,})\n"
-        f"written: {output}/adapter, {output}/report.json"
+        f"written: {output}/adapter, {output}/report.json, {output}/report.html"
     )
-
-
-def draw_rank_map(output: str) -> None:
-    """Draw the rank map of a run where matplotlib is installed."""
-    from geolora.report.figures import rank_map
-
-    rank_map(output)
 
 
 def _plain(hint: typing.Any) -> typing.Any:

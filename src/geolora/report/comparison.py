@@ -1,10 +1,13 @@
 """Table and figures of a comparison, drawn from its comparison.json; no number is computed here."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from geolora.report import panels
 from geolora.report.figures import can_draw, draw_map
+from geolora.report.inline import plain_names
 from geolora.report.layout import rank_table
 
 COLUMNS = (
@@ -24,7 +27,7 @@ def table(summary: dict[str, Any]) -> str:
         ).rstrip()
         for line in lines
     ]
-    metrics = ", ".join(f"{task}: {name}" for task, name in summary["metrics"].items())
+    metrics = ", ".join(f"{task}: {panels.metric(summary, task)}" for task in summary["metrics"])
     return "\n".join(
         [
             *text,
@@ -46,16 +49,19 @@ def figures(folder: str | Path) -> list[Path]:
         return []
     folder = Path(folder)
     summary = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
-    drawn = {
-        "score_against_parameters.png": _against_parameters(summary),
-        "learning_rates.png": _learning_rates(summary),
-        "loss_curves.png": _loss_curves(summary),
-        "rank_maps.png": _rank_maps(summary),
-    }
-    paths = []
-    for name, figure in drawn.items():
-        figure.savefig(folder / name, dpi=150)
-        paths.append(folder / name)
+    with plain_names():
+        drawn = {
+            "score_against_parameters.png": _panels(summary, panels.against_parameters),
+            "learning_rates.png": _panels(summary, panels.learning_rates),
+            "loss_curves.png": _panels(summary, panels.loss_curves),
+            "rank_maps.png": _rank_maps(summary),
+        }
+        if summary.get("budgets"):
+            drawn["budgets.png"] = _budgets(summary)
+        paths = []
+        for name, figure in drawn.items():
+            figure.savefig(folder / name, dpi=150)
+            paths.append(folder / name)
     return paths
 
 
@@ -79,118 +85,42 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _panels(summary: dict[str, Any], height: float = 3.6) -> tuple[Any, dict[str, Any]]:
-    """A figure with one panel per task."""
+def _panels(summary: dict[str, Any], draw: Callable[[Any, dict[str, Any], str], None]) -> Any:
+    """A figure with one panel per task, and one legend."""
     from matplotlib.figure import Figure
 
-    tasks = list(dict.fromkeys(row["task"] for row in summary["rows"]))
-    figure = Figure(figsize=(1.0 + 4.4 * len(tasks), height), layout="constrained")
-    axes = figure.subplots(1, len(tasks), squeeze=False)[0]
-    for task, panel in zip(tasks, axes, strict=True):
-        panel.set_title(task, fontsize="medium")
-        panel.grid(alpha=0.25)
-    return figure, dict(zip(tasks, axes, strict=True))
-
-
-def _colors(summary: dict[str, Any]) -> dict[str, Any]:
-    """A colour per method, the same in every figure; no two alike up to twenty methods."""
-    from matplotlib import colormaps
-
-    methods = list(dict.fromkeys(row["method"] for row in summary["rows"]))
-    palette: Any = colormaps["tab10" if len(methods) <= 10 else "tab20"]
-    return {method: palette.colors[i % palette.N] for i, method in enumerate(methods)}
-
-
-def _legend(figure: Any, panel: Any) -> None:
-    handles, labels = panel.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=max(1, min(5, len(labels))))
-
-
-def _against_parameters(summary: dict[str, Any]) -> Any:
-    figure, panels = _panels(summary)
-    colors = _colors(summary)
-    for row in summary["rows"]:
-        if row["value"] is None:
-            continue
-        panel = panels[row["task"]]
-        panel.errorbar(
-            row["adapter_parameters"],
-            row["value"],
-            yerr=row["spread"],
-            fmt="o",
-            capsize=3,
-            color=colors[row["method"]],
-            label=row["method"],
-        )
-        panel.plot(
-            row["exported_parameters"],
-            row["value"],
-            marker="o",
-            fillstyle="none",
-            linestyle="none",
-            color=colors[row["method"]],
-        )
-    for task, panel in panels.items():
-        panel.set_xlabel("adapter parameters (open: numbers in the file)")
-        panel.set_ylabel(summary["metrics"].get(task, "score"))
-        panel.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:,.0f}k")
-    _legend(figure, next(iter(panels.values())))
+    tasks = panels.tasks(summary)
+    figure = Figure(figsize=(1.0 + 4.4 * len(tasks), 3.6), layout="constrained")
+    entries: dict[str, Any] = {}
+    for task, axes in zip(tasks, figure.subplots(1, len(tasks), squeeze=False)[0], strict=True):
+        axes.set_title(task, fontsize="medium")
+        axes.grid(alpha=0.25)
+        draw(axes, summary, task)
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    figure.legend(
+        list(entries.values()),
+        list(entries),
+        loc="outside lower center",
+        ncols=max(1, min(5, len(entries))),
+    )
     return figure
 
 
-def _learning_rates(summary: dict[str, Any]) -> Any:
-    figure, panels = _panels(summary)
-    colors = _colors(summary)
-    chosen = {(row["task"], row["method"]): row["lr"] for row in summary["rows"]}
-    for task, panel in panels.items():
-        for method, color in colors.items():
-            points = sorted(
-                (
-                    (row["lr"], row)
-                    for row in summary["learning_rates"]
-                    if (row["task"], row["method"]) == (task, method)
-                    and row["lr"] is not None
-                    and row["value"] is not None
-                ),
-                key=lambda point: point[0],
-            )
-            if not points:
-                continue
-            panel.errorbar(
-                [lr for lr, _ in points],
-                [row["value"] for _, row in points],
-                yerr=[row["spread"] or 0.0 for _, row in points],
-                marker="o",
-                markersize=4,
-                capsize=3,
-                color=color,
-                label=method,
-            )
-            for lr, row in points:
-                if lr == chosen[task, method]:
-                    panel.plot(lr, row["value"], "o", markersize=9, fillstyle="none", color=color)
-        panel.set_xscale("log")
-        panel.set_xlabel("learning rate (ring: chosen on held-back training rows)")
-        panel.set_ylabel(summary["metrics"].get(task, "score"))
-    _legend(figure, next(iter(panels.values())))
-    return figure
+def _budgets(summary: dict[str, Any]) -> Any:
+    """A panel per map of budget and step size."""
+    from matplotlib.figure import Figure
 
-
-def _loss_curves(summary: dict[str, Any]) -> Any:
-    figure, panels = _panels(summary)
-    colors = _colors(summary)
-    for curve in summary["curves"]:
-        panels[curve["task"]].plot(
-            curve["steps"],
-            curve["losses"],
-            color=colors[curve["method"]],
-            label=curve["method"] + (" (with its regulariser)" if curve["regularised"] else ""),
-            linewidth=1.2,
-        )
-    for panel in panels.values():
-        panel.set_xlabel("step")
-        panel.set_ylabel("training loss")
-    _legend(figure, next(iter(panels.values())))
+    found = summary["budgets"]
+    sizes = [panels.budget_size(one) for one in found]
+    size = (sum(width + 1.3 for width, _ in sizes), 0.4 + max(height for _, height in sizes))
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(1, len(found), squeeze=False, width_ratios=[w for w, _ in sizes])[0]
+    for one, axes in zip(found, grid, strict=True):
+        axes.set_title(f"{one['task']}: {one['method']}", fontsize="medium")
+        cells = panels.budget_map(axes, summary, one)
+        if cells is not None:
+            figure.colorbar(cells, ax=axes, label=panels.metric(summary, one["task"]))
     return figure
 
 

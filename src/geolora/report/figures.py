@@ -23,29 +23,25 @@ def can_draw() -> bool:
     return find_spec("matplotlib") is not None
 
 
-def rank_map(folder: str | Path) -> Path | None:
+def rank_map(folder: str | Path, lower_is_better: bool = False) -> Path | None:
     """Draw `ranks.png` into a run's folder: the rank of every layer by depth and kind.
+
+    Args:
+        lower_is_better: whether less of the run's metric is better.
 
     Returns:
         The figure, or None where matplotlib is not installed.
     """
     if not can_draw():
         return None
-    from matplotlib.figure import Figure
-
     folder = Path(folder)
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    kinds, depths, _ = rank_table(report["ranks"])
-    width = 2.0 + 0.09 * max(map(len, kinds)) + 0.55 * len(depths)
-    figure = Figure(figsize=(width, 1.6 + 0.4 * len(kinds)), layout="constrained")
-    axes = figure.subplots()
-    image = draw_map(axes, report["ranks"], max(report["ranks"].values()))
-    axes.set_title(
+    figure = map_figure(report["ranks"], max([1, *report["ranks"].values()]))
+    figure.axes[0].set_title(
         f"ranks found by {report['method']}: {report['adapter_parameters']:,} parameters, "
-        f"{report['metric']} {report['value']:.3f}",
+        f"{report['metric']} {report['value']:.3f}" + " (lower is better)" * lower_is_better,
         fontsize="medium",
     )
-    figure.colorbar(image, label="rank")
     path = folder / "ranks.png"
     figure.savefig(path, dpi=150)
     return path
@@ -65,25 +61,62 @@ def adapter_figures(rows: list[dict[str, Any]], folder: Path, judged: str) -> li
     return paths
 
 
-def draw_map(axes: Any, ranks: dict[str, int], top: int) -> Any:
-    """The ranks of layers as coloured cells with their numbers; returns the image."""
+def map_figure(ranks: dict[str, int], top: int, small: bool = False) -> Any:
+    """A figure of its own of the ranks of layers; a small one has no scale of colours."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    kinds, depths, _ = rank_table(ranks)
+    letters = max(map(len, kinds))
+    if small:
+        size = (0.4 + 0.075 * letters + 0.34 * len(depths), 0.9 + 0.28 * len(kinds))
+    else:
+        size = (2.0 + 0.09 * letters + 0.55 * len(depths), 1.6 + 0.4 * len(kinds))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
+    cells = draw_map(axes, ranks, top, "small" if small else None)
+    if not small:
+        figure.colorbar(cells, label="rank", ticks=MaxNLocator(integer=True))
+    return figure
+
+
+def draw_map(axes: Any, ranks: dict[str, int], top: int, letters: str | None = None) -> Any:
+    """The ranks of layers as coloured cells with their numbers; returns the cells.
+
+    Args:
+        letters: their size, matplotlib's default if not given.
+    """
     kinds, depths, table = rank_table(ranks)
-    image = axes.imshow(
-        [[value if value is not None else float("nan") for value in row] for row in table],
-        vmin=0,
-        vmax=top,
-        cmap="viridis",
-        aspect="auto",
+    cells = draw_cells(
+        axes, [[None if value is None else float(value) for value in row] for row in table], 0, top
     )
     for y, row in enumerate(table):
         for x, value in enumerate(row):
             if value is not None:
-                dark = value < 0.6 * top
-                axes.text(x, y, str(value), ha="center", va="center", color="w" if dark else "k")
-    axes.set_xticks(range(len(depths)), depths)
-    axes.set_yticks(range(len(kinds)), kinds)
-    axes.set_xlabel("layer")
-    return image
+                color = "w" if value < 0.6 * top else "k"
+                axes.text(x, y, str(value), ha="center", va="center", color=color, size=letters)
+    axes.set_xticks(range(len(depths)), depths, size=letters)
+    axes.set_yticks(range(len(kinds)), kinds, size=letters)
+    axes.set_xlabel("layer", size=letters)
+    return cells
+
+
+def draw_cells(
+    axes: Any, table: list[list[float | None]], low: float, high: float, cmap: str = "viridis"
+) -> Any:
+    """Coloured cells, the first row on top, centred on whole numbers; None stays white."""
+    cells = axes.pcolormesh(
+        [x - 0.5 for x in range(len(table[0]) + 1)],
+        [y - 0.5 for y in range(len(table) + 1)],
+        [[float("nan") if value is None else value for value in row] for row in table],
+        vmin=low,
+        vmax=high,
+        cmap=cmap,
+        edgecolors="white",
+        linewidth=0.5,
+    )
+    axes.set_ylim(len(table) - 0.5, -0.5)
+    return cells
 
 
 def _rank_change(rows: list[dict[str, Any]], judged: str) -> Any:
@@ -96,19 +129,20 @@ def _rank_change(rows: list[dict[str, Any]], judged: str) -> Any:
         judged.replace(" and ", "\nand "): {row["layer"]: row["settled_rank"] for row in rows},
     }
     kinds, depths, _ = rank_table(maps["rank now"])
-    names, cells, height = 0.09 * max(map(len, kinds)), 0.42 * len(depths), 0.38 * len(kinds)
+    names, across, height = 0.09 * max(map(len, kinds)), 0.42 * len(depths), 0.38 * len(kinds)
     beside = len(depths) <= 12
     if beside:
-        size = (1.6 + names + 2 * max(cells + 0.3, 2.2), 1.3 + height)
+        size = (1.6 + names + 2 * max(across + 0.3, 2.2), 1.3 + height)
     else:
-        size = (1.6 + names + cells, 2 * (1.0 + height))
+        size = (1.6 + names + across, 2 * (1.0 + height))
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(1, 2, sharey=True) if beside else figure.subplots(2, 1)
     top = max(1, *maps["rank now"].values())
+    cells: Any = None
     for axes, (title, ranks) in zip(panels, maps.items(), strict=True):
         axes.set_title(title, fontsize="medium")
-        draw_map(axes, ranks, top)
-    figure.colorbar(panels[0].images[0], ax=panels, label="rank", ticks=MaxNLocator(integer=True))
+        cells = draw_map(axes, ranks, top)
+    figure.colorbar(cells, ax=panels, label="rank", ticks=MaxNLocator(integer=True))
     return figure
 
 

@@ -74,7 +74,7 @@ def run_all(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
             left = (time.perf_counter() - begun) / number * (len(todo) - number)
             say(f"{number}/{len(todo)}  {cell.name}  {_short(result)}; {left / 60:.0f} min left")
         results = [(cell, json.loads(_file(plan, cell).read_text())) for cell in plan.cells]
-        summary = summarise(results, plan.against)
+        summary = summarise(results, plan.against, plan.choose_on)
         write_json(marker, summary)
     return summary
 

@@ -1,5 +1,6 @@
 """YAML files of settings, read strictly: duplicate keys, unknown keys and wrong types are errors."""
 
+import math
 import re
 import types
 import typing
@@ -55,6 +56,19 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         problem = getattr(error, "problem", None) or "cannot be parsed"
         raise SettingError(f"{path} is not YAML{at}: {problem}.") from error
     return mapping(found, str(path))
+
+
+def written(config: Any) -> str:
+    """A dataclass of settings as YAML that `settings_of` reads to the same, each with its help as a comment."""
+    import yaml
+
+    lines = []
+    for spec in fields(config):
+        value = yaml.safe_dump(
+            {spec.name: getattr(config, spec.name)}, allow_unicode=True, width=math.inf
+        )
+        lines.append(f"# {spec.metadata['help']}\n{value}")
+    return "\n".join(lines)
 
 
 def mapping(value: Any, where: str) -> dict[str, Any]:

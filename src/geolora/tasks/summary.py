@@ -3,27 +3,39 @@
 All numbers are computed here; `report/comparison.py` draws them.
 """
 
+import json
 import math
 import statistics
 import zlib
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from geolora.tasks.metrics import LOWER_IS_BETTER, METRICS
-from geolora.tasks.plan import Cell
+from geolora.tasks.plan import GRID, Cell
 
 RESAMPLES = 10_000
 INTERVAL = 0.95
+FILES = ("model", "train", "eval")
+"""Settings that may be paths; of an absolute one only the name is kept."""
 
 
-def summarise(results: list[tuple[Cell, dict[str, Any]]], against: str) -> dict[str, Any]:
+def summarise(
+    results: list[tuple[Cell, dict[str, Any]]], against: str, choose_on: float | None = None
+) -> dict[str, Any]:
     """Rows of the table, curves over step sizes, and rank maps, from the runs.
+
+    Args:
+        choose_on: share of the training rows that chose the step sizes, where it is known.
 
     Returns:
         {"against", "rows": one per task and method at the chosen step size, "means": one per method
-        that has a score on all of several tasks, "learning_rates": one per task, method and step
-        size, "curves": training losses, "maps": ranks}. Spreads are standard deviations over seeds;
+        that has a score on all of several tasks, where more is better on all or less on all, "learning_rates": one per task, method and step
+        size, "curves": training losses, "maps": ranks, "budgets": maps of budget and step size,
+        "failures": the runs that diverged, and what the runs were: "metrics", "lower_is_better",
+        "seeds", "choose_on", "settings", "versions"}. Spreads are standard deviations over seeds;
         intervals are of a paired bootstrap over evaluation rows and seeds, of the difference to
         `against`.
     """
@@ -72,12 +84,29 @@ def summarise(results: list[tuple[Cell, dict[str, Any]]], against: str) -> dict[
     }
     return {
         "against": against,
+        "choose_on": choose_on,
+        "seeds": sorted({cell.seed for cell, _ in results}),
         "metrics": metrics,
+        "lower_is_better": [task for task, name in metrics.items() if name in LOWER_IS_BETTER],
         "rows": rows,
-        "means": _means(rows, gaps),
+        "means": _means(rows, gaps) if _same_direction(metrics) else [],
         "learning_rates": sweeps,
         "curves": curves,
         "maps": maps,
+        "budgets": _budgets(results, sweeps),
+        "failures": [
+            {
+                "task": cell.task,
+                "method": cell.method,
+                "lr": cell.lr,
+                "seed": cell.seed,
+                "text": result["failure"],
+            }
+            for cell, result in results
+            if result["failure"]
+        ],
+        "settings": _settings(results),
+        "versions": _versions(results),
     }
 
 
@@ -176,6 +205,10 @@ def _interval(gaps: list[_Gap]) -> dict[str, Any]:
     return {"mean": mean, "low": float(low), "high": float(high), "seeds": seeds}
 
 
+def _same_direction(metrics: dict[str, str]) -> bool:
+    return len({name in LOWER_IS_BETTER for name in metrics.values()}) < 2
+
+
 def _means(rows: list[dict[str, Any]], gaps: dict[str, dict[str, _Gap]]) -> list[dict[str, Any]]:
     """Means over the tasks, of the methods that have a score on each; none for a single task."""
     tasks = {row["task"] for row in rows}
@@ -194,6 +227,88 @@ def _means(rows: list[dict[str, Any]], gaps: dict[str, dict[str, _Gap]]) -> list
             mean["difference"] = _interval(list(gaps[method].values()))
         means.append(mean)
     return means
+
+
+# ---- what the runs were -------------------------------------------------------------------------
+
+
+def _budgets(
+    results: list[tuple[Cell, dict[str, Any]]], sweeps: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Maps of budget and step size: methods that differ by `budget` alone, over several of both."""
+    alike: dict[tuple[str, str, str], dict[str, int]] = {}
+    for cell, _ in results:
+        settings = _shown(cell)
+        budget = settings.pop("budget")
+        if budget is not None:
+            key = (cell.task, cell.config.method, json.dumps(settings))
+            alike.setdefault(key, {})[cell.method] = budget
+    maps = []
+    for (task, method, _), budgets in alike.items():
+        fields = [
+            {"budget": budgets[row["method"]], **{key: row[key] for key in FIELD}}
+            for row in sweeps
+            if row["task"] == task and row["method"] in budgets and row["lr"] is not None
+        ]
+        sizes, lrs = ({field[key] for field in fields} for key in ("budget", "lr"))
+        if len(sizes) > 1 and len(lrs) > 1:
+            found = {"budgets": sorted(sizes), "lrs": sorted(lrs), "fields": fields}
+            maps.append({"task": task, "method": method, **found})
+    return maps
+
+
+FIELD = ("method", "lr", "seeds", "diverged", "value")
+"""What a field of such a map has beside its budget."""
+
+
+def _settings(results: list[tuple[Cell, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Settings of the runs, each as far out as it goes: of all, of a task, of a method, or of both.
+
+    Returns:
+        One entry per scope, {"task": None for all, "method": None for all, "values"}; `lr` is the
+        list of what was tried.
+    """
+    lrs: dict[tuple[str, str], list[float | None]] = {}
+    for cell, _ in results:
+        tried = lrs.setdefault((cell.task, cell.method), [])
+        if cell.lr not in tried:
+            tried.append(cell.lr)
+    cells = {
+        (cell.task, cell.method): {**_shown(cell), "lr": lrs[cell.task, cell.method]}
+        for cell, _ in results
+    }
+    scopes: dict[tuple[str | None, str | None], dict[str, Any]] = {}
+    for name in next(iter(cells.values())):
+        for of_task, of_method in ((False, False), (True, False), (False, True), (True, True)):
+            found: dict[tuple[str | None, str | None], list[Any]] = {}
+            for (task, method), values in cells.items():
+                scope = (task if of_task else None, method if of_method else None)
+                found.setdefault(scope, []).append(values[name])
+            if all(value == same[0] for same in found.values() for value in same):
+                for scope, same in found.items():
+                    if same[0] is not None:
+                        scopes.setdefault(scope, {})[name] = same[0]
+                break
+    ordered = sorted(scopes.items(), key=lambda item: [part is not None for part in item[0]])
+    return [{"task": task, "method": method, "values": v} for (task, method), v in ordered]
+
+
+def _shown(cell: Cell) -> dict[str, Any]:
+    """Settings of a run without what the grid gives and without folders of the machine."""
+    settings = {k: v for k, v in asdict(cell.config).items() if k not in (*GRID, "lr")}
+    for key in FILES:
+        if Path(settings[key]).is_absolute():
+            settings[key] = Path(settings[key]).name
+    return settings
+
+
+def _versions(results: list[tuple[Cell, dict[str, Any]]]) -> dict[str, list[str]]:
+    """All versions that made a run, by package."""
+    found: dict[str, set[str]] = {}
+    for _, result in results:
+        for package, version in result.get("report", {}).get("versions", {}).items():
+            found.setdefault(package, set()).add(version)
+    return {package: sorted(versions) for package, versions in found.items()}
 
 
 def _mean(values: list[float]) -> float | None:

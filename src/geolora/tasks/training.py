@@ -38,6 +38,7 @@ from geolora.tasks.peers import (
     save,
     start,
 )
+from geolora.tasks.strict_yaml import written
 from geolora.tasks.task import Data, Rows, Task
 from geolora.tasks.text_classification import TextClassification, TextRegression
 from geolora.tasks.token_classification import TokenClassification
@@ -128,6 +129,7 @@ def train(config: TrainConfig, data: Data, choice: Rows | None = None) -> Outcom
     with writing(output), _opened(config, data_id, run_id) as resume:
         if processes.first():
             write_json(output / "run.json", {**asdict(config), "data": data_id})
+            (output / "config.yaml").write_text(written(config), encoding="utf-8")
             keep_start(model, config, output / "start")
         clock = _clock(resume)
         checkpoints = checkpoint_callback(run_id, config.method in CAN_RESUME)
