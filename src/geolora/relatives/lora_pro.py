@@ -44,7 +44,7 @@ class LoRAPro(Pairwise):
 
     Source: arXiv 2407.18242, theorem 2.1 and algorithm 1; "tangent" is ours.
 
-    Example:
+    Examples:
         >>> optimizer = LoRAPro(model)                      # doctest: +SKIP
     """
 

@@ -29,7 +29,7 @@ class LoRASB(Pairwise):
 
     Source: arXiv 2411.19557.
 
-    Example:
+    Examples:
         >>> geolora.initialize_lora_sb(model, batches)      # doctest: +SKIP
         >>> optimizer = LoRASB(model)                       # doctest: +SKIP
     """

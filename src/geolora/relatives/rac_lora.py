@@ -33,7 +33,7 @@ class RACLoRA(Pairwise):
 
     Source: arXiv 2410.08305.
 
-    Example:
+    Examples:
         >>> optimizer = RACLoRA(model, steps_per_block=500) # doctest: +SKIP
     """
 
