@@ -1,4 +1,4 @@
-# `make demo` and `make test` set themselves up on a machine with Python (3.10 or later) and make; run
+# `make demo`, `make test` and `make docs` set themselves up on a machine with Python (3.10 or later) and make; run
 # again they start at once.
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint docs format clean
 
 demo: $(VENV)/.demo
 	HF_HUB_OFFLINE=1 $(BIN)/geolora demo --output demo-output --overwrite
@@ -19,6 +19,10 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# needs neither torch nor the other packages
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
@@ -36,5 +40,10 @@ $(VENV)/.dev: $(VENV)/.demo
 	$(PIP) datasets hypothesis pillow "pyright[nodejs]" pytest pytest-xdist ruff shtab torchao trl
 	touch $@
 
+$(VENV)/.docs: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) mkdocs-material "mkdocstrings[python]" ruff
+	touch $@
+
 clean:
-	rm -rf $(VENV) demo-output
+	rm -rf $(VENV) demo-output site

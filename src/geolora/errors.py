@@ -1,24 +1,24 @@
 """Every exception and warning geolora raises on purpose.
 
-GeoloraError(Exception)
-├── PairingError(ValueError)              a LoRA pair that cannot be trained on the manifold, or none at all
-├── SettingError(ValueError)              an argument or flag out of its range, or misspelt
-│   └── BudgetError                       a parameter budget below one direction per layer
-├── DataError(ValueError)                 a file, column or label that is missing or unusable
-├── ModelError(ValueError)                a model folder or name that cannot be loaded
-├── OutputError(OSError)                  an output folder that exists, or cannot be written
-├── StateError(ValueError)                a state of another model: an optimizer's, a start's
-├── SetupError(RuntimeError)              closures, ZeRO partitions, sharded factors
-├── GradientError(ArithmeticError)
-│   ├── NonFiniteGradientError            too many steps in a row without a finite gradient
-│   └── DivergedError                     a training whose loss or weights are no longer finite
-└── AdapterError(RuntimeError)
-    └── VerificationError                 a saved adapter that does not compute what it should
+    GeoloraError(Exception)
+    ├── PairingError(ValueError)              a LoRA pair that cannot be trained on the manifold, or none at all
+    ├── SettingError(ValueError)              an argument or flag out of its range, or misspelt
+    │   └── BudgetError                       a parameter budget below one direction per layer
+    ├── DataError(ValueError)                 a file, column or label that is missing or unusable
+    ├── ModelError(ValueError)                a model folder or name that cannot be loaded
+    ├── OutputError(OSError)                  an output folder that exists, or cannot be written
+    ├── StateError(ValueError)                a state of another model: an optimizer's, a start's
+    ├── SetupError(RuntimeError)              closures, ZeRO partitions, sharded factors
+    ├── GradientError(ArithmeticError)
+    │   ├── NonFiniteGradientError            too many steps in a row without a finite gradient
+    │   └── DivergedError                     a training whose loss or weights are no longer finite
+    └── AdapterError(RuntimeError)
+        └── VerificationError                 a saved adapter that does not compute what it should
 
-GeoloraWarning(UserWarning)
-├── SkippedStepWarning                    a step skipped for a non-finite gradient
-├── UnpairedParametersWarning             LoRA layers left to AdamW
-└── CheckpointWarning                     a checkpoint not used, or saved because the run is to stop
+    GeoloraWarning(UserWarning)
+    ├── SkippedStepWarning                    a step skipped for a non-finite gradient
+    ├── UnpairedParametersWarning             LoRA layers left to AdamW
+    └── CheckpointWarning                     a checkpoint not used, or saved because the run is to stop
 
 On the command line each error is one line on stderr and exit code 2.
 """

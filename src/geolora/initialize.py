@@ -142,7 +142,7 @@ def initialize_lora_ga(
         width, passes, tolerance, fresh_batches: as in `get_lora_one_state`.
 
     Raises:
-        As `initialize_lora_one`; SettingError also for a rank that is odd.
+        GeoloraError: as `initialize_lora_one`; SettingError also for a rank that is odd.
     """
     if not (gamma > 0 and math.isfinite(gamma)):
         raise SettingError(f"initialize_lora_ga: `gamma` must be above 0; got {gamma}.")
@@ -189,7 +189,7 @@ def initialize_lora_sb(
         width, passes, tolerance, fresh_batches: as in `get_lora_one_state`.
 
     Raises:
-        As `initialize_lora_one`.
+        GeoloraError: as `initialize_lora_one`.
     """
     check_norm("initialize_lora_sb", norm, batches)
     pairs = _fresh_pairs(model, adapter_of(model, adapter_name))
@@ -218,7 +218,7 @@ def keep_second_half(model: nn.Module, adapter_name: str | None = None) -> None:
         adapter_name: which adapter; None for the active one.
 
     Raises:
-        As `initialize_lora_ga`.
+        GeoloraError: as `initialize_lora_ga`.
     """
     for pair in find_pairs(model, adapter_name):
         kept = torch.arange(pair.r) < pair.r // 2
@@ -267,7 +267,7 @@ def get_lora_one_state(
         +G, and `NAME.missing` (1,), the estimate. sigma is zero where the loss does not depend on the layer.
 
     Raises:
-        As `initialize_lora_one`.
+        GeoloraError: as `initialize_lora_one`.
     """
     adapter = adapter_of(model, adapter_name)
     pairs = _fresh_pairs(model, adapter)

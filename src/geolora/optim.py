@@ -109,7 +109,7 @@ class GeoLoRA(torch.optim.Optimizer):
 
     Source: arXiv 2410.18720. Geometric momentum: arXiv 2506.17475.
 
-    Example:
+    Examples:
         >>> optimizer = GeoLoRA(model)                      # doctest: +SKIP
         >>> loss.backward(); optimizer.step(); optimizer.zero_grad()  # doctest: +SKIP
     """

@@ -1,32 +1,35 @@
 """YAML read strictly: numbers as people write them, and one line for everything that is wrong."""
 
+import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from geolora.errors import SettingError
 from geolora.tasks.config import TrainConfig
-from geolora.tasks.strict_yaml import read_yaml, settings_of
+from geolora.tasks.strict_yaml import read_yaml, settings_of, written
 
 
-def written(tmp_path: Path, text: str) -> Path:
+def file_of(tmp_path: Path, text: str) -> Path:
     path = tmp_path / "run.yaml"
     path.write_text(text)
     return path
 
 
 def test_numbers_are_numbers(tmp_path: Path) -> None:
-    found = read_yaml(written(tmp_path, "a: 1e-3\nb: [3e-4, .5, 2, -1.5E2]\nc: v1e\nd: no\n"))
+    found = read_yaml(file_of(tmp_path, "a: 1e-3\nb: [3e-4, .5, 2, -1.5E2]\nc: v1e\nd: no\n"))
     assert found == {"a": 1e-3, "b": [3e-4, 0.5, 2, -150.0], "c": "v1e", "d": False}
 
 
 def test_an_anchor_that_merges_and_is_merged(tmp_path: Path) -> None:
     text = "a: &x {b: 1, c: 2}\nd: {in: &y {<<: *x, c: 3}}\ne: {<<: *y, f: 4}\n"
-    assert read_yaml(written(tmp_path, text))["e"] == {"b": 1, "c": 3, "f": 4}
+    assert read_yaml(file_of(tmp_path, text))["e"] == {"b": 1, "c": 3, "f": 4}
 
 
 def test_anchors_and_merging(tmp_path: Path) -> None:
-    found = read_yaml(written(tmp_path, "a: &x {b: 1, c: 2}\nd: {<<: *x, c: 3}\n"))
+    found = read_yaml(file_of(tmp_path, "a: &x {b: 1, c: 2}\nd: {<<: *x, c: 3}\n"))
     assert found["d"] == {"b": 1, "c": 3}
 
 
@@ -46,7 +49,7 @@ def test_anchors_and_merging(tmp_path: Path) -> None:
 def test_what_is_no_settings_file(tmp_path: Path, text: str, message: str) -> None:
     pattern = message.replace("(", r"\(").replace(")", r"\)")
     with pytest.raises(SettingError, match=pattern):
-        read_yaml(written(tmp_path, text))
+        read_yaml(file_of(tmp_path, text))
 
 
 def test_a_missing_file(tmp_path: Path) -> None:

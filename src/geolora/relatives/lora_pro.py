@@ -40,11 +40,11 @@ class LoRAPro(Pairwise):
         are rounded to their dtype in every step: keep them in float32 (PEFT's default).
 
     Raises:
-        As `RiemannianAdamW`.
+        GeoloraError: as `RiemannianAdamW`.
 
     Source: arXiv 2407.18242, theorem 2.1 and algorithm 1; "tangent" is ours.
 
-    Example:
+    Examples:
         >>> optimizer = LoRAPro(model)                      # doctest: +SKIP
     """
 

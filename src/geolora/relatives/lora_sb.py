@@ -25,11 +25,11 @@ class LoRASB(Pairwise):
         adapter_name: which adapter of the model; None for the active one.
 
     Raises:
-        As `RiemannianAdamW`; SetupError also in the first step where B is zero or the rows of A are not orthonormal.
+        GeoloraError: as `RiemannianAdamW`; SetupError also in the first step where B is zero or the rows of A are not orthonormal.
 
     Source: arXiv 2411.19557.
 
-    Example:
+    Examples:
         >>> geolora.initialize_lora_sb(model, batches)      # doctest: +SKIP
         >>> optimizer = LoRASB(model)                       # doctest: +SKIP
     """

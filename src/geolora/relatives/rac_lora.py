@@ -29,11 +29,11 @@ class RACLoRA(Pairwise):
         adapter_name: which adapter of the model; None for the active one.
 
     Raises:
-        As `RiemannianAdamW`; SetupError also in the first step where B is not zero.
+        GeoloraError: as `RiemannianAdamW`; SetupError also in the first step where B is not zero.
 
     Source: arXiv 2410.08305.
 
-    Example:
+    Examples:
         >>> optimizer = RACLoRA(model, steps_per_block=500) # doctest: +SKIP
     """
 

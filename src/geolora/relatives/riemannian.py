@@ -38,7 +38,7 @@ class RiemannianAdamW(Pairwise):
 
     Source: arXiv 2402.02347; as an option of LoRA-One, arXiv 2502.01235.
 
-    Example:
+    Examples:
         >>> optimizer = RiemannianAdamW(model, lr=1e-3)     # doctest: +SKIP
     """
 

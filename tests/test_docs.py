@@ -1,0 +1,148 @@
+"""What the pages under docs/ show exists and works as it stands."""
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import geolora
+from geolora.cli.__main__ import build_parser
+from geolora.methods import METHODS
+from geolora.tasks import peers
+from geolora.tasks.config import TrainConfig, check
+
+ROOT = Path(__file__).parents[1]
+PAGES = {
+    path.relative_to(ROOT / "docs").as_posix(): path.read_text(encoding="utf-8")
+    for path in sorted((ROOT / "docs").rglob("*.md"))
+}
+OTHERS = {"--max-lora-rank"}
+"""Flags of other programs."""
+
+
+def named(text: str) -> set[str]:
+    """Names of the library's in code: `a` of `geolora.a`."""
+    return set(re.findall(r"\bgeolora\.([A-Za-z_]\w*)", text))
+
+
+def commands(text: str) -> list[str]:
+    """Indented command lines `geolora …`, put together where they go on."""
+    found = re.findall(r"^ {4}(geolora \w(?:[^\\\n]|\\\n)*)", text, re.MULTILINE)
+    return [line.replace("\\\n", " ") for line in found]
+
+
+COMMAND_LINES = [line for text in PAGES.values() for line in commands(text)]
+
+
+@pytest.mark.parametrize("line", COMMAND_LINES)
+def test_commands_are_accepted(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = vars(build_parser().parse_args(shlex.split(line, comments=True)[1:]))
+    if given["name"] == "train":
+        check(TrainConfig(**{k: v for k, v in given.items() if k in TrainConfig.__dict__}))
+
+
+def test_commands_are_found() -> None:
+    assert len(COMMAND_LINES) > 20
+    assert {line.split()[1] for line in COMMAND_LINES} >= {"train", "compare", "export", "verify"}
+
+
+def test_every_flag_they_name_exists() -> None:
+    parsers = build_parser()._subparsers
+    assert parsers is not None
+    known = set(OTHERS)
+    for sub in parsers._group_actions[0].choices.values():  # pyright: ignore
+        known |= {flag for action in sub._actions for flag in action.option_strings}
+    for name, text in PAGES.items():
+        flags = re.findall(r"`(--[a-z][\w-]*)", text)
+        assert [flag for flag in flags if flag not in known] == [], name
+
+
+def test_every_task_and_method_is_described() -> None:
+    text = " ".join(PAGES.values())
+    assert [task for task in geolora.tasks.config.TASKS if f"`--task {task}`" not in text] == []
+    table = PAGES["methods.md"]
+    for name, method in METHODS.items():
+        assert method.arxiv in table
+        assert f"--method {name}`" in table or f"--init {name}`" in table
+    ours = set(METHODS)
+    assert [name for name in peers.METHODS if name not in ours and f"`{name}`" not in table] == []
+
+
+def test_links_lead_to_files() -> None:
+    for name, text in PAGES.items():
+        folder = (ROOT / "docs" / name).parent
+        links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text)
+        assert [link for link in links if not (folder / link).exists()] == [], name
+        benchmarks = re.findall(r"`?\b(benchmarks/[\w/]+\.(?:py|yaml))", text)
+        assert [path for path in benchmarks if not (ROOT / path).exists()] == [], name
+
+
+def test_all_pages_are_in_the_navigation() -> None:
+    settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+
+    def files(nav: list) -> list[str]:
+        values = [value for entry in nav for value in entry.values()]
+        return [f for v in values for f in (files(v) if isinstance(v, list) else [v])]
+
+    assert sorted(files(settings["nav"])) == sorted(PAGES)
+
+
+def test_python_blocks_compile() -> None:
+    for name, text in PAGES.items():
+        if name == "recipes.md":  # single lines of examples/, which test_examples.py runs
+            continue
+        for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+            ast.parse(block, name)
+            assert named(block) <= set(geolora.__all__), name
+
+
+def test_the_first_example_is_that_of_the_readme() -> None:
+    (block, *_) = re.findall(r"```python\n.*?```", PAGES["index.md"], re.DOTALL)
+    assert block in (ROOT / "README.md").read_text(encoding="utf-8"), "test_readme.py runs it"
+
+
+def test_comparisons_can_be_planned(tmp_path: Path) -> None:
+    from geolora.tasks.plan import read_plan
+
+    for text in PAGES.values():
+        for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL):
+            (tmp_path / "plan.yaml").write_text(block)
+            assert read_plan(tmp_path / "plan.yaml").cells
+
+
+def test_the_reference_holds_every_public_name() -> None:
+    shown = re.findall(r"^::: geolora\.(\w+)$", PAGES["api.md"], re.MULTILINE)
+    assert sorted(set(geolora.__all__) - set(shown)) == []
+
+
+@pytest.mark.parametrize("moments", ["adaptive", "momentum", "none"])
+@pytest.mark.parametrize("shape", [(24, 40, 4), (64, 32, 8)])
+def test_formulas_of_state_and_step(moments: str, shape: tuple[int, int, int]) -> None:
+    """Those of docs/scaling.md, which torch counts alike."""
+    d_out, d_in, r = shape
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(d_in, d_out, bias=False))
+    model = get_peft_model(net, LoraConfig(r=r, lora_alpha=r, target_modules=["0"]))
+    optimizer = geolora.GeoLoRA(model, moments=moments, prune_every=None)
+    inputs, wanted = torch.randn(80, d_in), torch.randn(80, d_out)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (model(inputs) - wanted).square().mean().backward()
+        with FlopCounterMode(display=False) as counted:
+            optimizer.step()
+        products = counted.get_total_flops()
+    D = d_out + d_in
+    if moments == "adaptive":
+        assert products == (22 * D + 2 * d_out) * r**2 + 156 * r**3
+    else:
+        assert products == 18 * D * r**2 + 92 * r**3
+    state = sum(t.numel() * t.element_size() for s in optimizer.state.values() for t in s.values())
+    assert state == (4 if moments == "none" else 8) * r * D + 4 * r
