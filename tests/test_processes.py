@@ -170,7 +170,6 @@ def test_train_in_two_processes_is_that_in_one_and_goes_on_exactly(tmp_path: Pat
 
     assert ended(started("two", 2)).count("written:") == 1
     ended(started("one", 1, "--gradient-accumulation", "2"))
-    assert [read(name, "report.json")["processes"] for name in ("two", "one")] == [2, 1]
     histories = [read(name, "history.json")[:5] for name in ("two", "one")]
     for left, right in zip(*histories, strict=True):
         assert left["loss"] == pytest.approx(right["loss"], rel=1e-3)

@@ -27,6 +27,11 @@ On the command line each error is one line on stderr and exit code 2.
 class GeoloraError(Exception):
     """Base of every error geolora raises on purpose."""
 
+    def __str__(self) -> str:
+        """The message on one line, whatever was put into it: control characters are shown escaped."""
+        text = super().__str__()
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
 
 class PairingError(GeoloraError, ValueError):
     """A LoRA pair that cannot be trained on the manifold, or no pair at all."""

@@ -1,6 +1,8 @@
 """Image classification: a folder of class folders, an .npz file, or rows with a path or a picture."""
 
 import io
+import zipfile
+import zlib
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,10 @@ from geolora.tasks.data import nearest
 from geolora.tasks.task import Data, Loaded, Rows, Task, class_settings, heads, loading, rows_of
 from geolora.tasks.text_classification import with_classes
 
+UNREADABLE = (
+    EOFError, KeyError, MemoryError, OSError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+"""What numpy and zipfile raise for a damaged .npz file."""
 PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 ARRAYS = {
     "--train": {"images": ("images", "x", "x_train"), "labels": ("labels", "y", "y_train")},
@@ -151,8 +157,6 @@ def _of_folder(folder: Path, flag: str) -> Rows:
 
 def _of_arrays(path: Path, flag: str) -> Rows:
     """`images` (n, height, width[, 3]) uint8 and `labels` (n,), or by a name of `ARRAYS`; `names` where there are any."""
-    import zipfile
-
     import numpy as np
 
     found = {}
@@ -167,7 +171,7 @@ def _of_arrays(path: Path, flag: str) -> Rows:
                     )
                 found[kind] = file[name]
             names = [str(name) for name in file["names"]] if "names" in file.files else None
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+    except UNREADABLE as error:
         raise DataError(f"`{flag}`: {path} cannot be read: {error}.") from error
     images, labels = found["images"], found["labels"]
     flat = images.dtype == np.uint8 and (

@@ -193,7 +193,6 @@ def train(config: TrainConfig, data: Data, choice: Rows | None = None) -> Outcom
                 "ranks": kept.ranks,
                 "peak_memory_bytes": peak_bytes(),
                 "seed": config.seed,
-                "processes": processes.count(),
                 "versions": versions(),
                 "command": " ".join(["geolora", *sys.argv[1:]]),
             }

@@ -1,0 +1,225 @@
+"""Damaged and hostile input, some two thousand cases: one clear line or a result, and nothing written, run or left open.
+
+Each file begins as a good one, of which bytes are changed, cut out or put in, or whose values are replaced.
+"""
+
+import json
+import pickle
+import shutil
+import tempfile
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import geolora
+from geolora.errors import GeoloraError
+from geolora.tasks import training
+from geolora.tasks.checkpoints import flaw, latest, seal
+from geolora.tasks.config import TrainConfig, check
+from geolora.tasks.plan import read_plan
+from geolora.tasks.strict_yaml import read_yaml, settings_of, written
+from models import lora_net
+
+LIMITS = {
+    "deadline": timedelta(seconds=20),
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+}
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=5,
+)  # fmt: skip
+EDITS = st.lists(
+    st.tuples(st.floats(0, 1), st.sampled_from(["cut", "put", "flip"]), st.binary(max_size=6)),
+    min_size=1, max_size=4,
+)  # fmt: skip
+
+
+def damaged(content: bytes, edits: list[tuple[float, str, bytes]]) -> bytes:
+    for share, kind, new in edits:
+        at = int(share * len(content))
+        if kind == "cut":
+            content = content[:at] + content[at + max(1, len(new)) ** 2 :]
+        elif kind == "put":
+            content = content[:at] + new + content[at:]
+        else:
+            content = content[:at] + new + content[at + len(new) :]
+    return content
+
+
+def one_line(call: Callable[[], Any]) -> None:
+    """The call gives a result, or an error of ours of one line."""
+    try:
+        call()
+    except GeoloraError as error:
+        text = str(error)
+        assert text
+        assert len(text.splitlines()) == 1, text
+
+
+class Trap:
+    """What a pickle would call when it is read."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (TRAP,))
+
+
+TRAP = Path(tempfile.gettempdir()) / "geolora-trap"
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_run() -> Any:
+    TRAP.unlink(missing_ok=True)
+    yield
+    assert not TRAP.exists()
+
+
+# ---- configs ------------------------------------------------------------------------------------
+
+GOOD = written(TrainConfig(model="m", train="t.jsonl", eval="e.jsonl", lr=1e-3)).encode()
+PLAN = b"""output: out
+common: {model: m, max_steps: 20}
+tasks:
+  one: {train: t.jsonl, eval: e.jsonl}
+methods:
+  lora: {rank: 8, lr: [1e-3, 1e-2]}
+  ours: {method: geolora, rank: 6}
+seeds: [0, 1]
+"""
+
+
+def read_config(path: Path) -> None:
+    check(TrainConfig(**settings_of(read_yaml(path), TrainConfig, path.name)))
+
+
+@settings(max_examples=500, **LIMITS)
+@given(EDITS)
+def test_configs(tmp_path: Path, edits: list) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes(damaged(GOOD, edits))
+    one_line(lambda: read_config(path))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run.yaml"]
+
+
+@settings(max_examples=300, **LIMITS)
+@given(st.sampled_from(list(TrainConfig.__dataclass_fields__)), VALUES)
+def test_values_of_settings(tmp_path: Path, key: str, value: Any) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps({"model": "m", "train": "t", "eval": "e", key: value}))
+    one_line(lambda: read_config(path))
+
+
+@settings(max_examples=400, **LIMITS)
+@given(EDITS)
+def test_plans(tmp_path: Path, edits: list) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_bytes(damaged(PLAN, edits))
+    one_line(lambda: read_plan(path))
+
+
+# ---- data ---------------------------------------------------------------------------------------
+
+ROWS = {
+    "text-classification": {"text": "a good film", "label": "good"},
+    "text-regression": {"text": "a good film", "label": 0.5},
+    "token-classification": {"text": ["a", "film"], "label": ["O", "B-ART"]},
+    "image-classification": {"image": "picture.png", "label": "good"},
+    "causal-lm": {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+}  # fmt: skip
+
+
+def load_rows(path: Path, task: str) -> None:
+    training.load(TrainConfig(model="m", task=task, train=str(path), eval=str(path)))
+
+
+@settings(max_examples=500, **LIMITS)
+@given(st.sampled_from([*ROWS]), st.sampled_from(["jsonl", "csv"]), EDITS)
+def test_data_files(tmp_path: Path, task: str, kind: str, edits: list) -> None:
+    rows = [ROWS[task], {**ROWS[task], "label": ROWS[task].get("label", "")}]
+    content = "\n".join(json.dumps(row) for row in rows)
+    if kind == "csv":
+        content = "text,label,image\n" + "\n".join("a film,good,picture.png" for _ in range(3))
+    path = tmp_path / f"rows.{kind}"
+    path.write_bytes(damaged(content.encode(), edits))
+    one_line(lambda: load_rows(path, task))
+
+
+@settings(max_examples=300, **LIMITS)
+@given(
+    st.sampled_from([*ROWS]),
+    st.dictionaries(st.sampled_from(["text", "label", "image", "messages", "prompt"]), VALUES),
+)
+def test_values_of_rows(tmp_path: Path, task: str, changed: dict[str, Any]) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(ROWS[task]) + "\n" + json.dumps({**ROWS[task], **changed}))
+    one_line(lambda: load_rows(path, task))
+
+
+@settings(max_examples=150, **LIMITS)
+@given(EDITS)
+def test_arrays(tmp_path: Path, edits: list) -> None:
+    path = tmp_path / "pictures.npz"
+    np.savez(path, x=np.zeros((4, 5, 5), np.uint8), y=np.arange(4) % 2)
+    path.write_bytes(damaged(path.read_bytes(), edits))
+    one_line(lambda: load_rows(path, "image-classification"))
+
+
+def test_arrays_that_are_pickles_are_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "pictures.npz"
+    np.savez(path, x=np.array([Trap()], dtype=object), y=np.zeros(1))
+    one_line(lambda: load_rows(path, "image-classification"))
+    path.write_bytes(pickle.dumps(Trap()))
+    one_line(lambda: load_rows(path, "image-classification"))
+
+
+# ---- adapters and checkpoints -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fuzz") / "adapter"
+    model = lora_net()
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.data.fill_(0.1)
+    geolora.export(model, folder)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore::geolora.errors.GeoloraWarning")  # of keys peft does not know
+@settings(max_examples=200, **LIMITS)
+@given(st.sampled_from(["adapter_config.json", "adapter_model.safetensors"]), EDITS)
+def test_adapters(adapter: Path, name: str, edits: list) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "adapter"
+        shutil.copytree(adapter, copy)
+        (copy / name).write_bytes(damaged((copy / name).read_bytes(), edits))
+        before = sorted(path.name for path in copy.rglob("*"))
+        one_line(lambda: geolora.inspect(copy))
+        assert sorted(path.name for path in copy.rglob("*")) == before
+
+
+@settings(max_examples=150, **LIMITS)
+@given(st.sampled_from(["geolora.json", "optimizer.pt"]), EDITS)
+def test_checkpoints(name: str, edits: list) -> None:
+    """One that differs in a byte is never taken for whole."""
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = Path(folder) / "checkpoint-3"
+        checkpoint.mkdir()
+        (checkpoint / "optimizer.pt").write_bytes(bytes(range(200)))
+        seal(checkpoint, "run")
+        whole = (checkpoint / name).read_bytes()
+        changed = damaged(whole, edits)
+        (checkpoint / name).write_bytes(changed)
+        if name == "optimizer.pt" and changed != whole:
+            assert flaw(checkpoint, "run")
+            with pytest.warns(geolora.errors.CheckpointWarning):
+                assert latest(Path(folder), "run") is None
+        else:
+            assert flaw(checkpoint, "run") is None or changed != whole
