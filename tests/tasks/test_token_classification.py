@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,12 @@ from transformers import AutoModelForTokenClassification, AutoTokenizer
 from geolora.errors import DataError, SettingError
 from geolora.tasks import training
 from geolora.tasks.config import TrainConfig
-from geolora.tasks.token_classification import IGNORED, TokenClassification, entities
+from geolora.tasks.token_classification import (
+    IGNORED,
+    TokenClassification,
+    entities,
+    mean_over_words,
+)
 from models import WORDS, tiny_bert
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
@@ -81,6 +87,21 @@ def test_the_accuracy_of_words(config: TrainConfig) -> None:
     outcome = training.train(config, training.load(config))
     assert outcome.targets == [9] * 40
     assert outcome.report["value"] == pytest.approx(sum(outcome.predictions) / 360)
+
+
+def test_the_loss_is_the_mean_over_the_words_of_a_step_in_however_many_parts() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 5, 3, generator=generator)
+    labels = torch.randint(0, 3, (6, 5), generator=generator)
+    labels[:2, 1:] = IGNORED  # the parts have other numbers of words
+    wanted = torch.nn.functional.cross_entropy(logits.mT, labels)
+    count = (labels != IGNORED).sum()
+    parts = [
+        mean_over_words(SimpleNamespace(logits=logits[some]), labels[some], count)
+        for some in (slice(0, 2), slice(2, 6))
+    ]
+    assert sum(parts) == pytest.approx(wanted)
+    assert mean_over_words(SimpleNamespace(logits=logits), labels) == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import zipfile
 import zlib
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -13,7 +13,17 @@ from geolora.errors import DataError, SettingError
 from geolora.tasks.config import TrainConfig
 from geolora.tasks.data import column as column_of
 from geolora.tasks.data import nearest
-from geolora.tasks.task import Data, Loaded, Rows, Task, class_settings, heads, loading, rows_of
+from geolora.tasks.task import (
+    Data,
+    Loaded,
+    Rows,
+    Task,
+    class_settings,
+    heads,
+    loading,
+    rows_of,
+    with_head,
+)
 from geolora.tasks.text_classification import with_classes
 
 UNREADABLE = (
@@ -32,6 +42,9 @@ class ImageClassification(Task):
     """Pictures to a class."""
 
     peft_type = ""
+    arguments: ClassVar[dict[str, Any]] = {
+        "remove_unused_columns": False
+    }  # of the examples, whose pictures are no tensors yet
 
     def read(self, config: TrainConfig) -> Data:
         """Pictures as arrays (height, width[, 3]) uint8, or as (path, size of the file in bytes)."""
@@ -49,13 +62,8 @@ class ImageClassification(Task):
 
         def load(source: str) -> Any:
             processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
-            return processor, *AutoModelForImageClassification.from_pretrained(
-                source,
-                dtype=config.dtype,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                trust_remote_code=False,
-                **class_settings(data.names),
+            return processor, *with_head(
+                AutoModelForImageClassification, source, config, **class_settings(data.names)
             )
 
         processor, model, info = loading(config, load)
@@ -85,18 +93,6 @@ class ImageClassification(Task):
     def length(self, example: dict[str, Any]) -> int:  # noqa: ARG002
         """All alike."""
         return 1
-
-    def trainer(
-        self,
-        loaded: Loaded,
-        examples: list[Any],
-        order: list[int],
-        settings: dict[str, Any],
-        **more: Any,
-    ) -> Any:
-        """Trainer's own, which must not drop what it does not know from the examples."""
-        settings = {**settings, "remove_unused_columns": False}
-        return super().trainer(loaded, examples, order, settings, **more)
 
 
 def opened(image: Any) -> Any:

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch.utils.data import Subset
@@ -88,9 +88,12 @@ class Task:
 
     Attributes:
         peft_type: PEFT's name of it, written into the adapter's config.
+        arguments: what it adds to `TrainingArguments`. extras: what it adds to those of Trainer.
     """
 
     peft_type = "SEQ_CLS"
+    arguments: ClassVar[dict[str, Any]] = {}
+    extras: ClassVar[dict[str, Any]] = {}
 
     def read(self, config: "TrainConfig") -> Data:
         """Read and check the files of a run.
@@ -132,9 +135,10 @@ class Task:
         from transformers import Trainer, TrainingArguments
 
         trainer = Trainer(
-            args=TrainingArguments(**settings),
+            args=TrainingArguments(**settings, **self.arguments),
             train_dataset=Subset(examples, order),  # pyright: ignore[reportArgumentType]
             data_collator=loaded.collate,
+            **self.extras,
             **more,
         )
         # a model with a head means over the rows it is given, whatever else it is told: Trainer must
@@ -225,6 +229,22 @@ def heads(model: Any, info: Mapping[str, Any]) -> list[str]:
         and list(module.parameters())
     }
     return sorted({key.rpartition(".")[0] for key in missing} | kept)
+
+
+def with_head(auto: Any, source: str, config: "TrainConfig", **head: Any) -> tuple[Any, Any]:
+    """A model of an auto class, with a new head where its own is missing or of another size, and what was missing.
+
+    Args:
+        head: `class_settings`, or what else the head takes.
+    """
+    return auto.from_pretrained(
+        source,
+        dtype=config.dtype,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        trust_remote_code=False,
+        **head,
+    )
 
 
 def class_settings(names: list[str]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from geolora.tasks.task import (
     heads,
     loading,
     rows_of,
+    with_head,
 )
 from geolora.tasks.tokenizers import max_length, pad
 
@@ -56,13 +57,8 @@ class TextClassification(Task):
 
         def load(source: str) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-            return tokenizer, *AutoModelForSequenceClassification.from_pretrained(
-                source,
-                dtype=config.dtype,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                trust_remote_code=False,
-                **extra,
+            return tokenizer, *with_head(
+                AutoModelForSequenceClassification, source, config, **extra
             )
 
         tokenizer, model, info = loading(config, load)

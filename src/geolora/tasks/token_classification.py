@@ -1,7 +1,7 @@
 """Token classification: a list of words per row and a tag for each (names, parts of speech)."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -19,6 +19,7 @@ from geolora.tasks.task import (
     heads,
     loading,
     rows_of,
+    with_head,
 )
 from geolora.tasks.tokenizers import max_length, pad
 
@@ -27,10 +28,20 @@ IGNORED = -100
 """Label of a token that does not begin a word."""
 
 
+def mean_over_words(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> Any:
+    """Cross-entropy over the words of a part, as its share of the mean over the whole step."""
+    flat = outputs.logits.flatten(0, 1).float()
+    total = torch.nn.functional.cross_entropy(
+        flat, labels.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+    return total / ((labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
+
+
 class TokenClassification(Task):
     """Words to tags."""
 
     peft_type = "TOKEN_CLS"
+    extras: ClassVar[dict[str, Any]] = {"compute_loss_func": mean_over_words}
 
     def read(self, config: TrainConfig) -> Data:
         """Columns `--text` (a list of words) and `--label` (as many tags)."""
@@ -63,13 +74,8 @@ class TokenClassification(Task):
             tokenizer = AutoTokenizer.from_pretrained(
                 source, add_prefix_space=True, trust_remote_code=False
             )
-            return tokenizer, *AutoModelForTokenClassification.from_pretrained(
-                source,
-                dtype=config.dtype,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                trust_remote_code=False,
-                **class_settings(data.names),
+            return tokenizer, *with_head(
+                AutoModelForTokenClassification, source, config, **class_settings(data.names)
             )
 
         tokenizer, model, info = loading(config, load)
@@ -99,19 +105,6 @@ class TokenClassification(Task):
             examples.append({**{key: batch[key][i] for key in batch}, "labels": labels})
         return examples
 
-    def trainer(
-        self,
-        loaded: Loaded,
-        examples: list[Any],
-        order: list[int],
-        settings: dict[str, Any],
-        **more: Any,
-    ) -> Any:
-        """Trainer's own, with the mean over all words of a step, however it is split."""
-        return super().trainer(
-            loaded, examples, order, settings, compute_loss_func=_mean_over_words, **more
-        )
-
     def scored(
         self,
         logits: list[torch.Tensor],
@@ -137,15 +130,6 @@ class TokenClassification(Task):
             found.append([len(ours & theirs), len(ours)])
             wanted.append(len(theirs))
         return Predictions(found, wanted)
-
-
-def _mean_over_words(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> Any:
-    """Cross-entropy over the words of a part, as its share of the mean over the whole step."""
-    flat = outputs.logits.flatten(0, 1).float()
-    total = torch.nn.functional.cross_entropy(
-        flat, labels.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
-    return total / ((labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
 
 
 def entities(tags: list[str]) -> set[tuple[int, int, str]]:
