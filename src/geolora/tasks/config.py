@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import asdict, dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,14 @@ from geolora.tasks.output import check_output
 from geolora.tasks.peers import METHODS, check_method
 
 TASKS = tuple(METRICS_OF)
+LOGGERS = {
+    "none": (),
+    "mlflow": ("mlflow",),
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "trackio": ("trackio",),
+    "wandb": ("wandb",),
+}
+"""Where Trainer can log to: packages of which one must be there."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MIXED = ("no", "bf16", "fp16")
 INITS = ("default", "gaussian", "lora-one", "lora-ga")
@@ -75,7 +84,7 @@ class TrainConfig:
     seed: int = _flag(0, "seed of the head, the adapter and the order of the data")
     report_to: str = _flag(
         "none",
-        "where losses and ranks are logged to: tensorboard, trackio, wandb, several by commas",
+        f"where losses and ranks are logged to: {', '.join(LOGGERS)}; several by commas",
     )
     save_every: int | None = _flag(None, "steps between checkpoints; none if not given")
     output: str = _flag("geolora-output", "folder to write")
@@ -114,6 +123,15 @@ def check(config: TrainConfig) -> None:
             f"`--metric` must be one of {', '.join(METRICS_OF[config.task])} for {config.task}; "
             f"got {config.metric}."
         )
+    for name in config.report_to.split(","):
+        if name not in LOGGERS:
+            raise SettingError(
+                f"`--report-to` must be of {', '.join(LOGGERS)}; got {name}.{nearest(name, LOGGERS)}"
+            )
+        if LOGGERS[name] and not any(map(find_spec, LOGGERS[name])):
+            raise SettingError(
+                f"`--report-to` {name} needs the package `{LOGGERS[name][0]}`. Install it."
+            )
     if config.batch_size % parts(config):
         raise SettingError(
             f"`--batch-size` must be a multiple of {parts(config)} (processes times "
