@@ -64,10 +64,10 @@ def written(config: Any) -> str:
 
     lines = []
     for spec in fields(config):
-        value = yaml.safe_dump(
-            {spec.name: getattr(config, spec.name)}, allow_unicode=True, width=math.inf
-        )
-        lines.append(f"# {spec.metadata['help']}\n{value}")
+        value = getattr(config, spec.name)
+        plain = str(value).isprintable()  # else escaped
+        text = yaml.safe_dump({spec.name: value}, allow_unicode=plain, width=math.inf)
+        lines.append(f"# {spec.metadata['help']}\n{text}")
     return "\n".join(lines)
 
 
