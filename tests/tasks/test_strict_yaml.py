@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from geolora.errors import SettingError
@@ -84,6 +84,7 @@ def test_settings_of_another_kind(given: dict, message: str) -> None:
 WORDS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), max_size=30)
 
 
+@settings(max_examples=300, deadline=None)
 @given(
     WORDS,
     WORDS,

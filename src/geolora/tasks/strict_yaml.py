@@ -1,6 +1,6 @@
 """YAML files of settings, read strictly: duplicate keys, unknown keys and wrong types are errors."""
 
-import math
+import json
 import re
 import types
 import typing
@@ -60,15 +60,19 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 def written(config: Any) -> str:
     """A dataclass of settings as YAML that `settings_of` reads to the same, each with its help as a comment."""
-    import yaml
-
-    lines = []
-    for spec in fields(config):
-        value = getattr(config, spec.name)
-        plain = str(value).isprintable()  # else escaped
-        text = yaml.safe_dump({spec.name: value}, allow_unicode=plain, width=math.inf)
-        lines.append(f"# {spec.metadata['help']}\n{text}")
+    lines = [
+        f"# {spec.metadata['help']}\n{spec.name}: {_scalar(getattr(config, spec.name))}\n"
+        for spec in fields(config)
+    ]
     return "\n".join(lines)
+
+
+def _scalar(value: Any) -> str:
+    """A word, number, bool or None in YAML; words in quotes, with what does not print escaped."""
+    if not isinstance(value, str):
+        return json.dumps(value)
+    shown = value.replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in shown) + '"'
 
 
 def mapping(value: Any, where: str) -> dict[str, Any]:
