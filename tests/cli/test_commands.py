@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from geolora.cli.__main__ import main
+from geolora.tasks.config import TrainConfig
 from models import reviews, tiny_bert
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
@@ -450,3 +451,10 @@ def test_help_shows_every_flag_and_an_example(geolora: Callable, command: str) -
     assert code == 0
     assert f"geolora {command}" in out.partition("examples:")[2]
     assert geolora("--version")[1].startswith("geolora 0.")
+
+
+def test_help_shows_every_setting_once_under_a_heading() -> None:
+    from geolora.tasks.config import HEADINGS
+
+    shown = [name for names in HEADINGS.values() for name in names]
+    assert sorted(shown) == sorted(TrainConfig.__dataclass_fields__)

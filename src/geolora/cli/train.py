@@ -1,4 +1,4 @@
-"""geolora train: fine-tune a model on text files and write a PEFT adapter."""
+"""geolora train: fine-tune a model on your texts, pictures or chats, and write a PEFT adapter."""
 
 import argparse
 import dataclasses
@@ -7,7 +7,7 @@ import typing
 from pathlib import Path
 
 from geolora.cli.plot import draw_run
-from geolora.tasks.config import TrainConfig
+from geolora.tasks.config import HEADINGS, TrainConfig
 
 EXAMPLES = """examples:
   geolora train --model bert-base-uncased --train train.jsonl --eval dev.jsonl \\
@@ -19,6 +19,10 @@ EXAMPLES = """examples:
   geolora train --model ./my-model --train sts.csv --eval dev.csv --task text-regression \\
       --text a --text-pair b --label score --method lora --lr 1e-3 --output lora-out
 
+  geolora train --task image-classification --model ./my-vit --train photos/train --eval photos/dev
+  geolora train --task causal-lm --model ./my-llama --train qa.jsonl --eval dev.jsonl \\
+      --prompt question --completion answer --output lm
+
 The output folder holds adapter/ (a PEFT adapter), report.json, history.json, figures and report.html,
 a page to send that needs no other file. A run that was stopped goes on when started again with the
 same flags: after Ctrl-C from the step it was at, after a crash from its last checkpoint
@@ -28,25 +32,31 @@ same flags: after Ctrl-C from the step it was at, after a crash from its last ch
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One flag per field of `TrainConfig`; what is not given is not in the namespace."""
+    parser.usage = "geolora train --model MODEL --train FILE --eval FILE [options]"
     parser.add_argument("--config", help="YAML file of the flags below; flags given here win")
     parser.add_argument(
         "--print-config", action="store_true", help="print all settings as YAML, and train nothing"
     )
-    hints = typing.get_type_hints(TrainConfig)
-    for spec in dataclasses.fields(TrainConfig):
-        flag, text = f"--{spec.name.replace('_', '-')}", spec.metadata["help"]
-        if hints[spec.name] is bool:
-            parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
-            continue
-        default = "" if spec.default in (None, "") else f" ({spec.default})"
-        choices = spec.metadata["choices"]
-        parser.add_argument(
-            flag,
-            type=_plain(hints[spec.name]),
-            default=argparse.SUPPRESS,
-            metavar=spec.name.upper(),
-            help=text + (f": {', '.join(choices)}" if choices else "") + default,
-        )
+    for heading, names in HEADINGS.items():
+        group = parser.add_argument_group(heading)
+        for name in names:
+            _add_flag(group, TrainConfig.__dataclass_fields__[name])
+
+
+def _add_flag(group: typing.Any, spec: dataclasses.Field) -> None:
+    flag, text = f"--{spec.name.replace('_', '-')}", spec.metadata["help"]
+    hint, choices = typing.get_type_hints(TrainConfig)[spec.name], spec.metadata["choices"]
+    if hint is bool:
+        group.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
+        return
+    default = "" if spec.default in (None, "") else f" ({spec.default})"
+    group.add_argument(
+        flag,
+        type=_plain(hint),
+        default=argparse.SUPPRESS,
+        metavar=spec.name.upper(),
+        help=text + (f": {', '.join(choices)}" if choices else "") + default,
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:

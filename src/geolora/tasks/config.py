@@ -91,6 +91,18 @@ class TrainConfig:
     overwrite: bool = _flag(False, "replace an output folder that exists")
 
 
+HEADINGS = {
+    "model and data": ["model", "train", "eval", "train_rows", "task"],
+    "columns": ["text", "text_pair", "image", "label", "prompt", "completion"],
+    "adapter": ["method", "init", "rank", "start_rank", "lr", "rest_lr", "budget", "tail"],
+    "training": ["epochs", "max_steps", "batch_size", "max_length", "packing", "seed"],
+    "scoring": ["metric", "max_new_tokens"],
+    "machine": ["dtype", "mixed_precision", "gradient_accumulation", "gradient_checkpointing"],
+    "output": ["output", "overwrite", "save_every", "report_to"],
+}
+"""The settings under the headings that help shows."""
+
+
 def check(config: TrainConfig) -> None:
     """Refuse settings that cannot work, before anything is loaded or written.
 
