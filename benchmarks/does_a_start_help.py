@@ -383,12 +383,22 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 
 
 def chosen_runs(done: Mapping[str, Any]) -> dict[str, tuple[str, dict[int, Any]]]:
-    """{method: (step size, {seed: run})}, the step size with the lowest loss on what is held back."""
+    """{method: (step size, {seed: run})}, the step size of the grid with the lowest loss on what is held back.
+
+    GeoLoRA's default and rates between those of the grid, which take no part in the choice, are told on their own. Runs of methods
+    that are no longer in the table are left out.
+    """
     by_rate: dict[str, dict[str, dict[int, Any]]] = {}
+    between: dict[str, tuple[str, dict[int, Any]]] = {}
     for key, run in done.items():
         method, rate, seed = key.split("/")
+        if method not in METHODS:
+            continue
+        if rate != "default" and float(rate) not in (*GRID, *AROUND_DEFAULT):
+            between.setdefault(f"{method}, {rate}", (rate, {}))[1][int(seed)] = run
+            continue
         by_rate.setdefault(method, {}).setdefault(rate, {})[int(seed)] = run
-    found = {}
+    found = {name: kept for name, kept in between.items() if len(kept[1]) > 1}
     for method, rates in by_rate.items():
         told = {rate: runs[0]["held_back_loss"] for rate, runs in rates.items() if 0 in runs}
         if not told:

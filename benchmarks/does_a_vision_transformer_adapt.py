@@ -6,7 +6,7 @@
 DATA holds cifar10_train10k_jpeg.npz, cifar10_test2k_jpeg.npz and mnist_t10k_8k2k.npz. The first command trains two
 transformers from nothing (width 96, 6 layers, pictures of 32 x 32 in patches of 4, AdamW, cosine schedule), one on CIFAR-10's
 10,000 pictures and one on MNIST's 8,000, and writes them and the pictures as .npz files into FOLDER, with their accuracies
-(base.json). The second adapts each to the other set: 2,000 training rows, 200 steps of 32, three seeds, step sizes chosen on
+(base.json). The second adapts each to the other set: 1,000 training rows, 100 steps of 32, three seeds, step sizes chosen on
 held-back rows.
 """
 
