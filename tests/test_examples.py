@@ -144,6 +144,52 @@ def test_accelerate_in_two_processes() -> None:
     assert "resumed run the same bit for bit: True" in done.stdout
 
 
+def test_a_diffusion_model(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers", reason="the program needs diffusers, of the dev group")
+    program = example("train_a_diffusion_model")
+    table, ranks, difference = program.main(tmp_path)
+    (own, kind), (_, forgot), (learnt, kept) = table.values()
+    assert learnt < 0.8 * own
+    assert kept < 1.1 * kind
+    assert kept < forgot, "what the prior term is for"
+    assert difference <= bound(torch.float32, WIDTH)
+    treated = {
+        leaf
+        for leaf in program.ATTENTION + program.CONVOLUTIONS
+        for name in ranks
+        if name.endswith(leaf)
+    }
+    assert treated == {*program.ATTENTION, *program.CONVOLUTIONS}
+    base = program.UNet2DConditionModel.from_pretrained(tmp_path / "base")
+    assert geolora.verify(tmp_path / "adapter", base).keys() == ranks.keys()
+
+
+def test_serving(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    program = example("serve_an_adapter")
+    rows, found, merged = program.main(tmp_path)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in rows)
+    close = bound(torch.float32, WIDTH)
+    assert merged <= close
+    assert 8 < found[-1] <= 16, "rank 8 cuts, 16 and 32 are filled up"
+    for name, (r, error, off, met) in rows.items():
+        assert all(met.values()) == (name != "compact"), name
+        if "rank" in name:
+            assert r == int(name.split()[-1])
+        elif name != "as peft saves":
+            assert r == found[-1]
+        if name == "uniform, rank 8":
+            assert 0 < error < 1
+            assert close < off < 1
+        else:
+            assert error == 0
+            assert off <= close
+        if name != "as peft saves":
+            assert geolora.verify(tmp_path / name, program.base_model())
+    assert not rows["compact"][3]["one r"]
+    assert not rows["compact"][3]["no patterns"]
+
+
 def test_every_example_is_tested_and_described() -> None:
     page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
     linked = re.findall(r"\]\(\.\./examples/(\w+)\.py\)", page)
