@@ -147,12 +147,12 @@ def test_accelerate_in_two_processes() -> None:
 def test_a_diffusion_model(tmp_path: Path) -> None:
     pytest.importorskip("diffusers", reason="the program needs diffusers, of the dev group")
     program = example("train_a_diffusion_model")
-    table, ranks, difference = program.main(tmp_path)
+    table, ranks, differences = program.main(tmp_path)
     (own, kind), (_, forgot), (learnt, kept) = table.values()
     assert learnt < 0.8 * own
     assert kept < 1.1 * kind
     assert kept < forgot, "what the prior term is for"
-    assert difference <= bound(torch.float32, WIDTH)
+    assert max(differences) <= bound(torch.float32, WIDTH), "by peft's and by diffusers' reader"
     treated = {
         leaf
         for leaf in program.ATTENTION + program.CONVOLUTIONS
