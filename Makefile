@@ -37,7 +37,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(PIP) datasets hypothesis pillow "pyright[nodejs]" pytest pytest-xdist ruff shtab torchao trl
+	$(PIP) datasets diffusers hypothesis pillow "pyright[nodejs]" pytest pytest-xdist ruff shtab torchao trl
 	touch $@
 
 $(VENV)/.docs: pyproject.toml constraints.txt

@@ -23,7 +23,7 @@ PAGES = {
     path.relative_to(ROOT / "docs").as_posix(): path.read_text(encoding="utf-8")
     for path in sorted((ROOT / "docs").rglob("*.md"))
 }
-OTHERS = {"--max-lora-rank"}
+OTHERS = {"--cpu", "--max-lora-rank", "--num_processes"}
 """Flags of other programs."""
 
 
