@@ -38,3 +38,34 @@ def test_weights_count_rows(metric: str, predictions: list) -> None:
     repeated = [i for i, count in enumerate([1, 2, 0, 1, 3, 1]) for _ in range(count)]
     wanted = score(metric, [predictions[i] for i in repeated], [LABELS[i] for i in repeated])
     assert found.tolist() == pytest.approx([wanted, score(metric, predictions, LABELS)])
+
+
+def test_f1_is_that_of_sklearn_and_of_rows_drawn_again() -> None:
+    metrics = pytest.importorskip("sklearn.metrics")
+    generator = torch.Generator().manual_seed(3)
+    for classes in (2, 4):
+        labels, found = (torch.randint(classes, (60,), generator=generator) for _ in range(2))
+        average = "binary" if classes == 2 else "macro"
+        ours = score("f1", found.tolist(), labels.tolist())
+        assert ours == pytest.approx(metrics.f1_score(labels, found, average=average))
+        drawn = torch.randint(60, (60,), generator=generator)
+        weights = torch.bincount(drawn, minlength=60).double()
+        again = metrics.f1_score(labels[drawn], found[drawn], average=average)
+        assert METRICS["f1"](found, labels, weights) == pytest.approx(again)
+
+
+def test_sums_over_rows_are_weighted_as_the_rows_are() -> None:
+    weights = torch.tensor([[1.0, 1.0], [2.0, 0.0]], dtype=torch.float64)
+    lost, tokens = torch.tensor([3.0, 1.0]), torch.tensor([2, 6])
+    wanted = torch.tensor([4 / 8, 6 / 4]).exp()
+    torch.testing.assert_close(METRICS["perplexity"](lost, tokens, weights).float(), wanted)
+    torch.testing.assert_close(
+        METRICS["token_accuracy"](torch.tensor([1, 3]), tokens, weights).float(),
+        torch.tensor([4 / 8, 2 / 4]),
+    )
+    hits_found, there = torch.tensor([[1, 2], [0, 1]]), torch.tensor([3, 1])
+    torch.testing.assert_close(
+        METRICS["entity_f1"](hits_found, there, weights).float(), torch.tensor([2 / 7, 4 / 10])
+    )
+    nothing = METRICS["entity_f1"](torch.zeros(2, 2), torch.zeros(2), weights)
+    assert nothing.tolist() == [0.0, 0.0]
