@@ -18,6 +18,7 @@
     GeoloraWarning(UserWarning)
     ├── SkippedStepWarning                    a step skipped for a non-finite gradient
     ├── UnpairedParametersWarning             LoRA layers left to AdamW
+    ├── DataWarning                           rows of a file that are left out
     └── CheckpointWarning                     a checkpoint not used, or saved because the run is to stop
 
 On the command line each error is one line on stderr and exit code 2.
@@ -95,6 +96,10 @@ class SkippedStepWarning(GeoloraWarning):
 
 class UnpairedParametersWarning(GeoloraWarning):
     """LoRA layers that the geometric step does not treat and AdamW trains instead."""
+
+
+class DataWarning(GeoloraWarning):
+    """Rows of a file that cannot be used and are left out."""
 
 
 class CheckpointWarning(GeoloraWarning):

@@ -185,7 +185,7 @@ def test_train_is_reproducible_and_goes_on_where_it_was_stopped(
         (["train", "--text", "score"], "column `score` must hold text; row 1"),
         (["train", "--task", "text-regression"], "must hold finite numbers; row 1 of train.jsonl has"),
         (["train", "--report-to", "tensorbord"], "got tensorbord. Did you mean `tensorboard`?"),
-        (["train", "--metric", "pearson"], "`--metric` must be one of accuracy, matthews, f1 for text-c"),
+        (["train", "--metric", "pearson"], "`--metric` must be one of accuracy, matthews, f1, macro_f1 for text-c"),
         (["train", "--task", "text-clasification"], "`--task`.*Did you mean `text-classification`?"),
         (["train", "--method", "geolara"], "`--method`.*Did you mean `geolora`?"),
         (["train", "--model", "{files}/nothing"], "`--model`: .*nothing cannot be loaded"),

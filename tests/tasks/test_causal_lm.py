@@ -11,11 +11,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from geolora.errors import DataError, ModelError, SettingError
+from geolora.errors import DataError, DataWarning, ModelError, SettingError
 from geolora.tasks import training
-from geolora.tasks.causal_lm import IGNORED, CausalLM, answer, of_chat, of_pair
+from geolora.tasks.causal_lm import IGNORED, CausalLM, is_right, of_chat, of_pair
 from geolora.tasks.config import TrainConfig
-from models import tiny_llama
+from models import CHAT, tiny_llama
 
 pytest.importorskip("trl")
 pytestmark = [
@@ -46,6 +46,11 @@ def write(path: Path, rows: list[dict]) -> str:
     return str(path)
 
 
+def text_file(folder: Path) -> str:
+    (folder / "some.txt").write_text("the film is good and the plot is bad")
+    return str(folder / "some.txt")
+
+
 @pytest.fixture
 def config(model: Path, tmp_path: Path) -> TrainConfig:
     return TrainConfig(
@@ -73,7 +78,7 @@ def test_answers_are_learnt_and_scored_as_stock_peft_computes_them(config: Train
         ids.pop("token_type_ids", None)
         out = loaded.generate(**ids, max_new_tokens=8, do_sample=False, pad_token_id=1)
         text = tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
-        hits.append(int(answer(text) == answer(row["answer"])))
+        hits.append(int(is_right(text, row["answer"])))
     assert hits == outcome.predictions
     assert json.loads((folder / "adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
 
@@ -103,8 +108,9 @@ def test_packed_rows_are_learnt_as_if_alone(config: TrainConfig) -> None:
         data = training.load(one)
         loaded = TASK.load(one, data)
         examples = TASK.encode(loaded, data.train, one)
+        # as a start calls it, and the trainer
         with torch.no_grad():
-            losses.append(float(loaded.model(**loaded.collate(examples), use_cache=False).loss))
+            losses.append(float(loaded.model(**loaded.collate(examples)).loss))
         assert (len(examples) < len(data.train)) == packing
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
@@ -188,16 +194,62 @@ def test_what_cannot_be_learnt_is_refused(config: TrainConfig, tmp_path: Path) -
     )
     (tmp_path / "no.txt").write_text(" \n")
     refused(DataError, "must have text", train=str(tmp_path / "no.txt"))
+    refused(
+        DataError,
+        "`--eval`: no row has an answer within 3 tokens",
+        max_length=3,
+        train=text_file(tmp_path),
+    )
+    refused(
+        SettingError,
+        "row 1 of --eval has 4 tokens, 0 are left",
+        metric="exact_match",
+        max_new_tokens=64,
+    )
+    none = write(tmp_path / "none.jsonl", [{"question": "", "answer": "good"}])
+    refused(DataError, "row 1 asks nothing", metric="exact_match", eval=none)
+    refused(
+        SettingError, "`--train-rows` is for files of rows", train=text_file(tmp_path), train_rows=3
+    )
+    refused(SettingError, "`--text-pair` belongs to --task text-classification", text_pair="other")
     text = write(tmp_path / "text.jsonl", [{"text": "the film"}])
     refused(SettingError, "`--metric exact_match` needs a prompt", eval=text, metric="exact_match")
 
 
+def test_an_answer_in_the_middle_may_look_another_way_than_the_last(chat_model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(chat_model)
+    tokenizer.chat_template = CHAT.replace(
+        "{{ m['content'] }}",
+        "{% if m['role'] == 'assistant' and loop.last %}#### {% endif %}{{ m['content'] }}",
+    )
+    said = [("user", "the film"), ("assistant", "good"), ("user", "a plot"), ("assistant", "bad")]
+    found = of_chat(tokenizer, [{"role": role, "content": text} for role, text in said])
+    kept = [i for i, label in zip(found["input_ids"], found["labels"], strict=True) if label >= 0]
+    assert tokenizer.decode(kept) == "good </s> #### bad </s>"
+    tokenizer.chat_template = "{{ raise_exception('no system') }}"
+    with pytest.raises(DataError, match="refuses messages of user, assistant: no system"):
+        of_chat(
+            tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        )
+
+
+def test_rows_that_are_left_out_are_told(config: TrainConfig, tmp_path: Path) -> None:
+    rows = [*sums(4, 0), {"question": "the " * 30, "answer": "good"}]
+    config = dataclasses.replace(
+        config, train=write(tmp_path / "long.jsonl", rows), max_length=12, max_steps=1
+    )
+    with pytest.warns(DataWarning, match="`--train`: 1 of 5 rows have no answer within 12 tokens"):
+        training.run(config)
+
+
 @pytest.mark.parametrize(
-    ("text", "found"),
+    ("text", "wanted", "right"),
     [
-        ("so 3 and 4\n#### 1,234", "1234"), ("it costs $5.50.", "5.5"), ("12 then -7", "-7"),
-        ("2.00", "2"), ("  no   number ", "no number"), ("#### yes", "yes"), ("100", "100"), ("", ""),
+        ("so 3 and 4\n#### 1,234", "#### 1234", True), ("it costs $5.50.", "5.5", True),
+        ("12 then -7", "#### -7", True), ("12 then -7", "12", False), ("2.00", "2", True),
+        ("1e3", "1000", True), ("a  b", " a b", True), ("CO2", "H2O", False), ("H2O", "H2O", True),
+        ("London 1990", "Paris 1990", False), ("#### yes", "well #### yes", True), ("", "3", False),
     ],
 )  # fmt: skip
-def test_the_answer_of_a_text(text: str, found: str) -> None:
-    assert answer(text) == found
+def test_an_answer_is_right(text: str, wanted: str, right: bool) -> None:
+    assert is_right(text, wanted) == right

@@ -30,7 +30,8 @@ def sentences(count: int, seed: int) -> list[dict]:
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for _ in range(count):
-        words = [WORDS[i] for i in torch.randint(len(WORDS), (9,), generator=generator).tolist()]
+        size = int(torch.randint(3, 12, (), generator=generator))
+        words = [WORDS[i] for i in torch.randint(len(WORDS), (size,), generator=generator).tolist()]
         tags = [KINDS.get(word, "O") for word in words]
         for place in range(1, len(words)):
             if words[place] == "good" and words[place - 1] in KINDS:
@@ -51,7 +52,12 @@ def config(tmp_path: Path) -> TrainConfig:
     )  # fmt: skip
 
 
-def test_tags_are_learnt_and_scored_as_stock_peft_computes_them(config: TrainConfig) -> None:
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_tags_are_learnt_and_scored_as_stock_peft_computes_them(
+    config: TrainConfig, side: str
+) -> None:
+    file = Path(config.model) / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "padding_side": side}))
     outcome = training.train(config, training.load(config))
     assert outcome.report["metric"] == "entity_f1"
     assert outcome.report["value"] > 0.7
@@ -85,8 +91,9 @@ def test_a_tag_stands_at_the_first_token_of_its_word(config: TrainConfig) -> Non
 def test_the_accuracy_of_words(config: TrainConfig) -> None:
     config = dataclasses.replace(config, metric="token_accuracy", max_steps=5)
     outcome = training.train(config, training.load(config))
-    assert outcome.targets == [9] * 40
-    assert outcome.report["value"] == pytest.approx(sum(outcome.predictions) / 360)
+    assert outcome.targets == [len(row["words"]) for row in sentences(40, 1)]
+    words = sum(outcome.targets)
+    assert outcome.report["value"] == pytest.approx(sum(outcome.predictions) / words)
 
 
 def test_the_loss_is_the_mean_over_the_words_of_a_step_in_however_many_parts() -> None:

@@ -47,7 +47,9 @@ def _add_flag(group: typing.Any, spec: dataclasses.Field) -> None:
     flag, text = f"--{spec.name.replace('_', '-')}", spec.metadata["help"]
     hint, choices = typing.get_type_hints(TrainConfig)[spec.name], spec.metadata["choices"]
     if hint is bool:
-        group.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
+        group.add_argument(
+            flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
+        )
         return
     default = "" if spec.default in (None, "") else f" ({spec.default})"
     group.add_argument(

@@ -6,6 +6,8 @@ all tokens of a text, on the completion, or on what the assistant says.
 
 import gzip
 import re
+import sys
+import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,11 +15,12 @@ from typing import Any
 
 import torch
 
-from geolora.errors import DataError, ModelError, SettingError
+from geolora.errors import DataError, DataWarning, ModelError, SettingError
 from geolora.tasks.config import TrainConfig
 from geolora.tasks.data import nearest
+from geolora.tasks.processes import one_device
 from geolora.tasks.task import Data, Loaded, Predictions, Rows, Task, loading, rows_of
-from geolora.tasks.tokenizers import max_length, pad
+from geolora.tasks.tokenizers import limit, max_length, pad
 
 MAX_LENGTH = 1024
 EVAL_BATCH = 8
@@ -25,7 +28,7 @@ IGNORED = -100
 """Label of a token that is no part of the loss."""
 TEXT_FILES = (".txt", ".txt.gz")
 ANSWER = re.compile(r"####\s*(.+)")
-NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
+NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?")
 
 
 class CausalLM(Task):
@@ -61,9 +64,12 @@ class CausalLM(Task):
             )
 
         tokenizer, model = loading(config, load)
+        model.config.use_cache = False  # with a cache packed rows would see each other
         pad(tokenizer, model, config)
+        longest = limit(tokenizer, model)
         tokenizer.model_max_length = max_length(tokenizer, model, config, MAX_LENGTH)
-        if "messages" in data.train.inputs[0] and not tokenizer.chat_template:
+        chats = any("messages" in rows.inputs[0] for rows in (data.train, data.held_out))
+        if chats and not tokenizer.chat_template:
             raise ModelError(
                 f"`--model`: the tokenizer of {config.model} has no chat template, which `messages` need. "
                 "Choose a chat model, or give a prompt and a completion."
@@ -71,7 +77,13 @@ class CausalLM(Task):
         collate = DataCollatorForLanguageModeling(
             tokenizer.pad_token_id, padding_free=config.packing
         )
-        return Loaded(model, tokenizer, [], collate)
+        loaded = Loaded(model, tokenizer, [], collate)
+        # what is scored in the end is looked at now
+        if config.metric == "exact_match":
+            _prompts(tokenizer, data.held_out, longest - config.max_new_tokens)
+        else:
+            self._plain(loaded, data.held_out, "--eval", warn=True)
+        return loaded
 
     def encode(self, loaded: Loaded, rows: Rows, config: TrainConfig) -> list[dict[str, Any]]:
         """Tokens and labels; longer texts in windows, longer answers cut; packed where asked for.
@@ -79,7 +91,7 @@ class CausalLM(Task):
         Raises:
             DataError: no row has a token to learn from.
         """
-        found = self._plain(loaded, rows)
+        found = self._plain(loaded, rows, "--train", warn=True)
         if not config.packing:
             return found
         from datasets import Dataset
@@ -90,29 +102,35 @@ class CausalLM(Task):
         packed = pack_dataset(Dataset.from_list(found), loaded.processor.model_max_length)
         return packed.to_list()
 
-    def _plain(self, loaded: Loaded, rows: Rows) -> list[dict[str, Any]]:
-        tokenizer, found = loaded.processor, []
+    def _plain(
+        self, loaded: Loaded, rows: Rows, flag: str, warn: bool = False
+    ) -> list[dict[str, Any]]:
+        tokenizer, found, lost = loaded.processor, [], 0
+        size = tokenizer.model_max_length
         for row in rows.inputs:
             if "text" in row:
-                ids = tokenizer(row["text"] + (tokenizer.eos_token or ""), verbose=False)[
-                    "input_ids"
-                ]
-                size = tokenizer.model_max_length
+                text = row["text"] + (tokenizer.eos_token or "")
+                ids = tokenizer(text, verbose=False)["input_ids"]
                 windows = (ids[at : at + size] for at in range(0, len(ids), size))
                 found += [{"input_ids": some, "labels": some} for some in windows if len(some) > 1]
                 continue
-            example = (
-                of_chat(tokenizer, row["messages"])
-                if "messages" in row
-                else of_pair(tokenizer, row)
-            )
-            cut = {key: value[: tokenizer.model_max_length] for key, value in example.items()}
+            chat = "messages" in row
+            example = of_chat(tokenizer, row["messages"]) if chat else of_pair(tokenizer, row)
+            cut = {key: value[:size] for key, value in example.items()}
             if any(label != IGNORED for label in cut["labels"][1:]):
                 found.append(cut)
+            else:
+                lost += 1
         if not found:
             raise DataError(
-                f"`--train`: no row has an answer within {tokenizer.model_max_length} tokens. "
-                "Raise `--max-length`."
+                f"`{flag}`: no row has an answer within {size} tokens. Raise `--max-length`."
+            )
+        if lost and warn:
+            warnings.warn(
+                f"`{flag}`: {lost} of {len(rows)} rows have no answer within {size} tokens and are left "
+                "out. Raise `--max-length`.",
+                DataWarning,
+                stacklevel=2,
             )
         return found
 
@@ -135,7 +153,7 @@ class CausalLM(Task):
             "dataset_kwargs": {"skip_prepare_dataset": True},
         }
         return SFTTrainer(
-            args=SFTConfig(**settings),
+            args=one_device(SFTConfig(**settings)),
             train_dataset=Dataset.from_list(examples).select(order),
             data_collator=loaded.collate,
             processing_class=loaded.processor,
@@ -147,37 +165,64 @@ class CausalLM(Task):
         model = trainer.model.eval()
         if config.metric == "exact_match":
             return _answers(model, loaded.processor, rows, config.max_new_tokens)
-        return _likelihoods(model, loaded, self._plain(loaded, rows))
+        return _likelihoods(model, loaded, self._plain(loaded, rows, "--eval"))
 
 
 def of_pair(tokenizer: Any, row: dict[str, str]) -> dict[str, list[int]]:
     """Tokens of a prompt and a completion, each tokenised for itself: where one ends is never in doubt."""
-    prompt = tokenizer(row["prompt"])["input_ids"]
-    if prompt and prompt[-1] == tokenizer.eos_token_id:
-        prompt = prompt[:-1]
+    prompt = _of_prompt(tokenizer, row["prompt"])
     completion = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
     if tokenizer.eos_token_id is not None:
         completion = [*completion, tokenizer.eos_token_id]
     return {"input_ids": prompt + completion, "labels": [IGNORED] * len(prompt) + completion}
 
 
+def _of_prompt(tokenizer: Any, prompt: str) -> list[int]:
+    """Its tokens, without one that would end it."""
+    ids = tokenizer(prompt)["input_ids"]
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+
+
 def of_chat(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> dict[str, list[int]]:
-    """Tokens of a chat by the tokenizer's template; labels where the assistant speaks."""
+    """Tokens of a chat by the tokenizer's template; labels where the assistant speaks.
 
-    def ids(count: int, begun: bool) -> list[int]:
-        return tokenizer.apply_chat_template(
-            list(messages[:count]), add_generation_prompt=begun, tokenize=True, return_dict=False
-        )
-
-    whole = ids(len(messages), False)
+    Raises:
+        DataError: the template does not take these messages, or does not show where the assistant speaks.
+    """
+    whole = _rendered(tokenizer, messages, False)
     labels = [IGNORED] * len(whole)
     for place, message in enumerate(messages):
         if message.get("role") != "assistant":
             continue
-        first = _common(ids(place, True), whole)
-        last = _common(ids(place + 1, False), whole)
+        first = _common(_rendered(tokenizer, messages[:place], True), whole) if place else 0
+        last = _common(_rendered(tokenizer, messages[: place + 1], False), whole)
+        if last <= first:
+            # the last answer may look another way than one in the middle: see what is gone without it
+            rest = _rendered(tokenizer, [*messages[:place], *messages[place + 1 :]], False)
+            begin = _common(_rendered(tokenizer, messages[:place], False), whole)
+            last = begin + len(whole) - len(rest)
+        if last <= first:
+            raise DataError(
+                "`messages`: the chat template does not show where message "
+                f"{place + 1}, of the assistant, stands. Give prompts and completions instead."
+            )
         labels[first:last] = whole[first:last]
     return {"input_ids": whole, "labels": labels}
+
+
+def _rendered(tokenizer: Any, messages: Sequence[dict[str, Any]], begun: bool) -> list[int]:
+    """Tokens of messages by the template, with the beginning of an answer or without."""
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=begun, tokenize=True, return_dict=False
+        )
+    except (TemplateError, ValueError, TypeError, KeyError, IndexError) as error:
+        roles = ", ".join(str(message["role"]) for message in messages)
+        raise DataError(
+            f"`messages`: the chat template of the model refuses messages of {roles}: {error}."
+        ) from error
 
 
 def _common(part: list[int], whole: list[int]) -> int:
@@ -194,6 +239,8 @@ def _common(part: list[int], whole: list[int]) -> int:
 def _inputs(config: TrainConfig, flag: str) -> list[dict[str, Any]]:
     path = config.train if flag == "--train" else config.eval
     if path.endswith(TEXT_FILES):
+        if flag == "--train" and config.train_rows is not None:
+            raise SettingError("`--train-rows` is for files of rows; a .txt file is one text.")
         return [{"text": _text(Path(path), flag)}]
     rows = rows_of(config, flag)
     columns = _columns(config, rows[0], flag, path)
@@ -281,25 +328,35 @@ def _likelihoods(model: Any, loaded: Loaded, examples: list[dict[str, Any]]) -> 
     return Predictions(sums, counts)
 
 
+def _prompts(tokenizer: Any, rows: Rows, longest: int) -> tuple[list[list[int]], list[str]]:
+    """Tokens of what is asked, at most so many, and the texts that are wanted.
+
+    Raises:
+        DataError: a prompt without a token. SettingError: one that leaves no room for an answer.
+    """
+    prompts, wanted = [], []
+    for number, row in enumerate(rows.inputs, 1):
+        if "messages" in row:
+            last = max(i for i, m in enumerate(row["messages"]) if m["role"] == "assistant")
+            wanted.append(row["messages"][last]["content"])
+            prompts.append(_rendered(tokenizer, row["messages"][:last], True) if last else [])
+        else:
+            wanted.append(row["completion"])
+            prompts.append(_of_prompt(tokenizer, row["prompt"]))
+        if not prompts[-1]:
+            raise DataError(f"`--eval`: row {number} asks nothing. Take it out.")
+        if len(prompts[-1]) > longest:
+            raise SettingError(
+                f"`--max-new-tokens` must leave room for the prompts; row {number} of --eval has "
+                f"{len(prompts[-1])} tokens, {max(longest, 0)} are left of what the model can hold. Lower it."
+            )
+    return prompts, wanted
+
+
 @torch.inference_mode()
 def _answers(model: Any, tokenizer: Any, rows: Rows, new: int) -> Predictions:
     """1 for every row whose greedy answer is the wanted one, else 0; and what is wanted, ones."""
-    prompts, wanted = [], []
-    for row in rows.inputs:
-        if "messages" in row:
-            last = max(i for i, m in enumerate(row["messages"]) if m["role"] == "assistant")
-            wanted.append(answer(row["messages"][last]["content"]))
-            prompts.append(
-                tokenizer.apply_chat_template(
-                    row["messages"][:last],
-                    add_generation_prompt=True,
-                    tokenize=True,
-                    return_dict=False,
-                )
-            )
-        else:
-            wanted.append(answer(row["completion"]))
-            prompts.append(of_pair(tokenizer, {**row, "completion": ""})["input_ids"][:-1])
+    prompts, wanted = _prompts(tokenizer, rows, sys.maxsize)
     hits = [0] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for at in range(0, len(order), EVAL_BATCH):
@@ -314,16 +371,26 @@ def _answers(model: Any, tokenizer: Any, rows: Rows, new: int) -> Predictions:
         for i, text in zip(
             places, tokenizer.batch_decode(out[:, size:], skip_special_tokens=True), strict=True
         ):
-            hits[i] = int(answer(text) == wanted[i])
+            hits[i] = int(is_right(text, wanted[i]))
     return Predictions(hits, [1] * len(hits))
 
 
-def answer(text: str) -> str:
-    """The answer in a text: what follows `####`, else the last number, else all of it."""
+def is_right(text: str, wanted: str) -> bool:
+    """Whether a text answers what is wanted: what follows `####` in it, else all of it.
+
+    Where that is a number, the last number of the text's answer must equal it; else the words must be the same.
+    """
+    found, right = (" ".join(_answer(side).split()) for side in (text, wanted))
+    if NUMBER.fullmatch(right):
+        numbers = NUMBER.findall(found)
+        return bool(numbers) and _value(numbers[-1]) == _value(right)
+    return found == right
+
+
+def _answer(text: str) -> str:
     marked = ANSWER.search(text)
-    text = marked[1] if marked else text
-    numbers = NUMBER.findall(text)
-    if not numbers:
-        return " ".join(text.split())
-    number = numbers[-1].replace(",", "").replace("$", "")
-    return number.rstrip("0").rstrip(".") if "." in number else number
+    return marked[1] if marked else text
+
+
+def _value(number: str) -> float:
+    return float(number.replace(",", "").replace("$", ""))

@@ -19,7 +19,7 @@ import torch
 from geolora.errors import GradientError, OutputError, SettingError
 from geolora.tasks import processes
 from geolora.tasks.checkpoints import write_json
-from geolora.tasks.config import TrainConfig, check, unfinished
+from geolora.tasks.config import DEFAULTS, TrainConfig, check, unfinished
 from geolora.tasks.output import alone, check_output, clear, writing
 from geolora.tasks.plan import GRID, Cell, Plan
 from geolora.tasks.summary import summarise
@@ -127,7 +127,8 @@ def _done(plan: Plan, cell: Cell, data: Data) -> bool:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SettingError(f"{path} is not the file of a run. Remove it.") from error
     ours = _stored(cell.config)
-    changed = [key for key in ours if settings.get(key) != ours[key]]
+    # a run made before a setting was there had its default
+    changed = [key for key in ours if settings.get(key, DEFAULTS[key]) != ours[key]]
     if changed:
         key = changed[0]
         raise SettingError(

@@ -55,7 +55,7 @@ class TrainConfig:
     max_new_tokens: int = _flag(256, "tokens of a generated answer (--metric exact_match)")
     metric: str | None = _flag(
         None,
-        "score of the evaluation rows; accuracy, pearson or perplexity if not given",
+        "score of the evaluation rows; accuracy, pearson, entity_f1 or perplexity if not given",
         tuple(METRICS),
     )
     method: str = _flag("geolora", "how the adapter is trained", METHODS)
@@ -103,6 +103,19 @@ HEADINGS = {
 """The settings under the headings that help shows."""
 
 
+DEFAULTS = {spec.name: spec.default for spec in fields(TrainConfig)}
+ONLY_FOR = {
+    "text_pair": ("text-classification", "text-regression"),
+    "image": ("image-classification",),
+    "prompt": ("causal-lm",),
+    "completion": ("causal-lm",),
+    "packing": ("causal-lm",),
+    "max_new_tokens": ("causal-lm",),
+    "max_length": tuple(task for task in TASKS if task != "image-classification"),
+}
+"""Settings that only some tasks take."""
+
+
 def check(config: TrainConfig) -> None:
     """Refuse settings that cannot work, before anything is loaded or written.
 
@@ -135,6 +148,13 @@ def check(config: TrainConfig) -> None:
             f"`--metric` must be one of {', '.join(METRICS_OF[config.task])} for {config.task}; "
             f"got {config.metric}."
         )
+    for name, tasks in ONLY_FOR.items():
+        if config.task not in tasks and getattr(config, name) != DEFAULTS[name]:
+            raise SettingError(
+                f"`--{name.replace('_', '-')}` belongs to --task {', '.join(tasks)}; got {config.task}."
+            )
+    if "none" in config.report_to.split(",") and config.report_to != "none":
+        raise SettingError(f"`--report-to` must be none or loggers; got {config.report_to}.")
     for name in config.report_to.split(","):
         if name not in LOGGERS:
             raise SettingError(

@@ -208,15 +208,13 @@ def _picture(number: int, image: Any, folder: Path, name: str) -> Any:
                 f"`--image`: row {number} of {name} names {image}, which does not exist."
             )
         return str(path), path.stat().st_size
-    if isinstance(image, dict) and image.get("bytes"):
-        try:
+    try:
+        if isinstance(image, dict) and image.get("bytes"):
             image = Image.open(io.BytesIO(image["bytes"]))
-        except (OSError, TypeError, UnidentifiedImageError) as error:
-            raise DataError(
-                f"`--image`: row {number} of {name} holds no picture: {error}."
-            ) from error
-    if isinstance(image, Image.Image):
-        return np.asarray(image.convert("RGB"))
+        if isinstance(image, Image.Image):
+            return np.asarray(image.convert("RGB"))
+    except (OSError, TypeError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise DataError(f"`--image`: row {number} of {name} holds no picture: {error}.") from error
     raise DataError(
         f"`--image`: row {number} of {name} must hold a path or a picture; got {type(image).__name__}."
     )

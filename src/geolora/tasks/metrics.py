@@ -47,10 +47,16 @@ def matthews(predictions: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
 
 
 def f1(predictions: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """F1 of the second of two classes, or the mean F1 of more (*batch,); 0 of a class on neither side."""
-    classes = torch.cat([predictions, labels]).unique()
-    if int(classes.max()) < 2:
-        classes = torch.ones_like(classes[:1])
+    """F1 of the second of two classes (*batch,); 0 where it is on neither side."""
+    return _mean_f1(predictions, labels, weights, torch.ones(1, dtype=labels.dtype))
+
+
+def macro_f1(predictions: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """Mean F1 of the classes that are on either side (*batch,)."""
+    return _mean_f1(predictions, labels, weights, torch.cat([predictions, labels]).unique())
+
+
+def _mean_f1(predictions: Tensor, labels: Tensor, weights: Tensor, classes: Tensor) -> Tensor:
     x, y = ((side.unsqueeze(-1) == classes).double() for side in (predictions, labels))
     hits, sizes = weights @ (x * y), weights @ (x + y)
     return torch.where(sizes > 0, 2 * hits / torch.where(sizes > 0, sizes, 1.0), 0.0).mean(-1)
@@ -78,6 +84,7 @@ METRICS = {
     "entity_f1": entity_f1,
     "exact_match": accuracy,
     "f1": f1,
+    "macro_f1": macro_f1,
     "matthews": matthews,
     "pearson": pearson,
     "perplexity": perplexity,
@@ -87,10 +94,10 @@ METRICS = {
 LOWER_IS_BETTER = ("perplexity",)
 
 METRICS_OF = {
-    "text-classification": ("accuracy", "matthews", "f1"),
+    "text-classification": ("accuracy", "matthews", "f1", "macro_f1"),
     "text-regression": ("pearson",),
     "token-classification": ("entity_f1", "token_accuracy"),
-    "image-classification": ("accuracy", "matthews", "f1"),
+    "image-classification": ("accuracy", "matthews", "f1", "macro_f1"),
     "causal-lm": ("perplexity", "exact_match"),
 }
 """Metrics of a task, the default first."""

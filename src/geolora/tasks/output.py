@@ -60,6 +60,13 @@ def clear(output: str | Path) -> None:
         shutil.rmtree(output)
 
 
+def empty(folder: Path) -> None:
+    """Remove what is in a folder that `check_output` has passed and that is held; the hold stays."""
+    for path in folder.iterdir():
+        if path.name != LOCK:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_RIGHT = {errno.EACCES, errno.EPERM, errno.EROFS}
 

@@ -1,6 +1,7 @@
 """One run in several processes (`torchrun`, `accelerate launch`): who writes, and what all agree on."""
 
 import os
+from typing import Any
 
 import torch
 
@@ -43,6 +44,13 @@ def any_of(asked: bool) -> bool:
     found = torch.tensor([int(asked)], device=PartialState().device)
     torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
     return bool(found.item())
+
+
+def one_device(arguments: Any) -> Any:
+    """`TrainingArguments` of one process, which uses one GPU: Trainer would split over all, with more rows per step."""
+    if count() == 1 and arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+    return arguments
 
 
 def own_dropout(seed: int) -> None:

@@ -11,6 +11,7 @@ from torch.utils.data import Subset
 
 from geolora.errors import DataError, ModelError
 from geolora.tasks.data import read_rows
+from geolora.tasks.processes import one_device
 
 if TYPE_CHECKING:
     from geolora.tasks.config import TrainConfig
@@ -135,7 +136,7 @@ class Task:
         from transformers import Trainer, TrainingArguments
 
         trainer = Trainer(
-            args=TrainingArguments(**settings, **self.arguments),
+            args=one_device(TrainingArguments(**settings, **self.arguments)),
             train_dataset=Subset(examples, order),  # pyright: ignore[reportArgumentType]
             data_collator=loaded.collate,
             **self.extras,

@@ -83,6 +83,7 @@ class TokenClassification(Task):
             raise SettingError(
                 f"`--model`: token-classification needs a fast tokenizer; {config.model} has none."
             )
+        tokenizer.padding_side = "right"  # a word's logits are found from the left
         pad(tokenizer, model, config)
         tokenizer.model_max_length = max_length(tokenizer, model, config, MAX_LENGTH)
         collate = DataCollatorForTokenClassification(tokenizer, label_pad_token_id=IGNORED)

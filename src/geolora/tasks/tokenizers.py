@@ -21,14 +21,19 @@ def pad(tokenizer: Any, model: Any, config: "TrainConfig") -> None:
     model.config.pad_token_id = tokenizer.pad_token_id
 
 
+def limit(tokenizer: Any, model: Any) -> int:
+    """Tokens that the model can hold."""
+    longest = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
+    return min(longest, tokenizer.model_max_length)
+
+
 def max_length(tokenizer: Any, model: Any, config: "TrainConfig", usual: int) -> int:
     """Tokens per row: `--max-length`, or the usual number, or fewer where the model has its limit.
 
     Raises:
         SettingError: `--max-length` is beyond the model's limit.
     """
-    longest = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
-    longest = min(longest, tokenizer.model_max_length)
+    longest = limit(tokenizer, model)
     if config.max_length is not None and config.max_length > longest:
         raise SettingError(f"`--max-length` must be at most {longest}; got {config.max_length}.")
     return min(config.max_length or usual, longest)

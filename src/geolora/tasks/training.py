@@ -3,13 +3,14 @@
 import hashlib
 import json
 import math
+import shlex
 import shutil
 import statistics
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from geolora import __version__
-from geolora.errors import DataError, DivergedError
+from geolora.errors import DataError, DivergedError, SettingError
 from geolora.tasks import processes
 from geolora.tasks.causal_lm import CausalLM
 from geolora.tasks.checkpoints import Stopped, checkpoint_callback, flush, latest, write_json
@@ -26,7 +27,7 @@ from geolora.tasks.image_classification import ImageClassification
 from geolora.tasks.memory import peak_bytes, reset_peak
 from geolora.tasks.metrics import METRICS_OF, score
 from geolora.tasks.order import batch_order
-from geolora.tasks.output import alone, clear, writing
+from geolora.tasks.output import alone, clear, empty, writing
 from geolora.tasks.peers import (
     CAN_RESUME,
     Kept,
@@ -106,6 +107,10 @@ def train(config: TrainConfig, data: Data, choice: Rows | None = None) -> Outcom
     from transformers import set_seed
 
     task = TASKS[config.task]
+    if config.metric == "f1" and len(data.names) != 2:
+        raise SettingError(
+            f"`--metric f1` is of the second of two classes; there are {len(data.names)}. Use macro_f1."
+        )
     processes.join()
     reset_peak()
     set_seed(config.seed)
@@ -129,7 +134,8 @@ def train(config: TrainConfig, data: Data, choice: Rows | None = None) -> Outcom
     with writing(output), _opened(config, data_id, run_id) as resume:
         if processes.first():
             write_json(output / "run.json", {**asdict(config), "data": data_id})
-            (output / "config.yaml").write_text(written(config), encoding="utf-8")
+            again = replace(config, overwrite=False)  # it must not replace what it is the config of
+            (output / "config.yaml").write_text(written(again), encoding="utf-8")
             keep_start(model, config, output / "start")
         clock = _clock(resume)
         checkpoints = checkpoint_callback(run_id, config.method in CAN_RESUME)
@@ -194,7 +200,7 @@ def train(config: TrainConfig, data: Data, choice: Rows | None = None) -> Outcom
                 "peak_memory_bytes": peak_bytes(),
                 "seed": config.seed,
                 "versions": versions(),
-                "command": " ".join(["geolora", *sys.argv[1:]]),
+                "command": shlex.join(["geolora", *sys.argv[1:]]),
             }
             write_json(output / "history.json", history)
             if data.names:
@@ -217,11 +223,12 @@ def _opened(config: TrainConfig, data_id: str, run_id: str) -> Iterator[Path | N
     resume = None if config.overwrite else _checkpoint(config, data_id, run_id)
     processes.wait()
     if processes.first():
-        if resume is None:
-            clear(output)
         output.mkdir(parents=True, exist_ok=True)
     processes.wait()
     with alone(output) if processes.first() else nullcontext():
+        if processes.first() and resume is None:
+            empty(output)
+        processes.wait()
         yield resume
 
 
