@@ -18,7 +18,9 @@ def pad(tokenizer: Any, model: Any, config: "TrainConfig") -> None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
         raise ModelError(f"`--model`: the tokenizer of {config.model} has no padding token.")
-    model.config.pad_token_id = tokenizer.pad_token_id
+    for settings in (model.config, getattr(model, "generation_config", None)):
+        if settings is not None:
+            settings.pad_token_id = tokenizer.pad_token_id
 
 
 def limit(tokenizer: Any, model: Any) -> int:
