@@ -78,6 +78,8 @@ def test_geolora_in_a_stock_trainer_resumes_where_it_was(folder: Path, tmp_path:
         assert torch.equal(p, q), name
     ours, theirs = (run.optimizer.optimizer.measures() for run in (whole, again))
     assert ours == theirs
+    resumed = [entry for entry in again.state.log_history if "loss" in entry]
+    assert resumed == logs
 
 
 def test_what_is_reported_says_how_the_adapter_changes(folder: Path, tmp_path: Path) -> None:

@@ -150,16 +150,13 @@ def log_ranks(trainer: Any) -> None:
             optimizer, logs = _geolora_in(given.get("optimizer")), given.get("logs") or {}
             if optimizer is None or "loss" not in logs:
                 return
-            new = optimizer.measures()
-            ranks = optimizer.settled_ranks()
+            new, ranks = optimizer.measures(), optimizer.settled_ranks()
+            state.log_history[-1].update(new)  # what a resumed run knows as well
             changes = [rank - (self.before or ranks)[name] for name, rank in ranks.items()]
-            new |= {
-                "grown": sum(change for change in changes if change > 0),
-                "pruned": -sum(change for change in changes if change < 0),
-            }
             self.before = ranks
-            logs.update(new | {f"rank/{name}": rank for name, rank in ranks.items()})
-            state.log_history[-1].update(new)
+            logs |= new | {f"rank/{name}": rank for name, rank in ranks.items()}
+            logs["grown"] = sum(change for change in changes if change > 0)
+            logs["pruned"] = -sum(change for change in changes if change < 0)
 
     # before the loggers, which come first in Trainer's list
     trainer.callback_handler.callbacks.insert(0, LogRanks())

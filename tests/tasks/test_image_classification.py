@@ -109,6 +109,7 @@ def test_what_is_no_picture_is_refused(config: TrainConfig, tmp_path: Path) -> N
         with pytest.raises(DataError, match=match):
             training.load(dataclasses.replace(config, train=str(source)))
 
+    refused("", "`--train` must be given")  # and not the folder where the command runs
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "must hold a folder of pictures")
     (tmp_path / "torn.npz").write_bytes(b"PK\x03\x04 no")

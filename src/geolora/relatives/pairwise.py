@@ -6,6 +6,7 @@ one group per shape, so what swaps the Parameter objects of a group (FSDP2) is f
 
 import math
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ from geolora.rest import SETTINGS, adamw_settings, adamw_step, rest_groups
 from geolora.sharded import is_sharded
 
 
-class Pairwise(torch.optim.Optimizer):
+class Pairwise(torch.optim.Optimizer, ABC):
     """One group per bucket of pairs of equal shape, one for the rest; steps skipped where not finite."""
 
     def __init__(
@@ -96,6 +97,7 @@ class Pairwise(torch.optim.Optimizer):
         for group in rest:
             adamw_step(group, self.state)
 
+    @abstractmethod
     def _advance(self, group: dict[str, Any], on_A: Tensor, on_B: Tensor, live: list[bool]) -> None:
         """One step of a bucket, of which one pair at least has a gradient.
 
@@ -104,7 +106,6 @@ class Pairwise(torch.optim.Optimizer):
             on_A, on_B: gradients (n, r, d_in) and (n, d_out, r), float32 or wider, zero where there is none.
             live: which pairs have a gradient.
         """
-        raise NotImplementedError
 
     def _refuse(self, group: dict[str, Any]) -> None:
         """Raise for pairs that this method cannot go on from, before anything has moved."""

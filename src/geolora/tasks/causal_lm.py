@@ -19,7 +19,7 @@ from geolora.errors import DataError, DataWarning, ModelError, SettingError
 from geolora.tasks.config import TrainConfig
 from geolora.tasks.data import nearest
 from geolora.tasks.processes import one_device
-from geolora.tasks.task import Data, Loaded, Predictions, Rows, Task, loading, rows_of
+from geolora.tasks.task import Data, Loaded, Predictions, Rows, Task, loading, rows_of, source_of
 from geolora.tasks.tokenizers import limit, max_length, pad
 
 MAX_LENGTH = 1024
@@ -237,7 +237,7 @@ def _common(part: list[int], whole: list[int]) -> int:
 
 
 def _inputs(config: TrainConfig, flag: str) -> list[dict[str, Any]]:
-    path = config.train if flag == "--train" else config.eval
+    path = source_of(config, flag)
     if path.endswith(TEXT_FILES):
         if flag == "--train" and config.train_rows is not None:
             raise SettingError("`--train-rows` is for files of rows; a .txt file is one text.")

@@ -22,6 +22,7 @@ from geolora.tasks.task import (
     heads,
     loading,
     rows_of,
+    source_of,
     with_head,
 )
 from geolora.tasks.text_classification import with_classes
@@ -113,8 +114,7 @@ def opened(image: Any) -> Any:
 
 
 def _pictures(config: TrainConfig, flag: str) -> Rows:
-    source = config.train if flag == "--train" else config.eval
-    path = Path(source)
+    path = Path(source_of(config, flag))
     if path.is_dir():
         rows = _of_folder(path, flag)
     elif path.name.endswith(".npz"):
@@ -189,7 +189,7 @@ def _of_arrays(path: Path, flag: str) -> Rows:
 
 def _of_rows(config: TrainConfig, flag: str) -> Rows:
     """Column `--image`: a path from the file's folder, or the bytes of a picture as hub sets hold it."""
-    source = config.train if flag == "--train" else config.eval
+    source = source_of(config, flag)
     rows, name = rows_of(config, flag), Path(source).name
     images = column_of(rows, config.image, "--image", name)
     labels = column_of(rows, config.label, "--label", name)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -84,7 +85,7 @@ class Predictions(NamedTuple):
     wanted: list[Any]
 
 
-class Task:
+class Task(ABC):
     """A kind of task; holds no state.
 
     Attributes:
@@ -96,25 +97,25 @@ class Task:
     arguments: ClassVar[dict[str, Any]] = {}
     extras: ClassVar[dict[str, Any]] = {}
 
+    @abstractmethod
     def read(self, config: "TrainConfig") -> Data:
         """Read and check the files of a run.
 
         Raises:
             DataError: what is missing or misspelt, with the nearest name.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def load(self, config: "TrainConfig", data: Data) -> Loaded:
         """The base model and what goes with it.
 
         Raises:
             ModelError: it cannot be loaded, or is of another kind. SettingError: a flag that does not fit it.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def encode(self, loaded: Loaded, rows: Rows, config: "TrainConfig") -> list[dict[str, Any]]:
         """Examples to train on, not always one per row; `length(example)` sorts them."""
-        raise NotImplementedError
 
     def length(self, example: dict[str, Any]) -> int:
         """Tokens of an example: those of like length share a batch."""
@@ -175,16 +176,25 @@ class Task:
         )
 
 
+def source_of(config: "TrainConfig", flag: str) -> str:
+    """What `--train` or `--eval` names.
+
+    Raises:
+        DataError: nothing.
+    """
+    source = config.train if flag == "--train" else config.eval
+    if not source:
+        raise DataError(f"`{flag}` must be given: a file of rows, or a hub set.")
+    return source
+
+
 def rows_of(config: "TrainConfig", flag: str) -> list[dict[str, Any]]:
     """Rows of the file of a flag, of the first `--train-rows` where it is the training file.
 
     Raises:
         DataError: no file is given, or it cannot be read.
     """
-    path = config.train if flag == "--train" else config.eval
-    if not path:
-        raise DataError(f"`{flag}` must be given: a file of rows, or a hub set.")
-    rows = read_rows(path, flag)
+    rows = read_rows(source_of(config, flag), flag)
     return rows[: config.train_rows] if flag == "--train" else rows
 
 

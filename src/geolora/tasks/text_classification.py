@@ -19,6 +19,7 @@ from geolora.tasks.task import (
     heads,
     loading,
     rows_of,
+    source_of,
     with_head,
 )
 from geolora.tasks.tokenizers import max_length, pad
@@ -36,7 +37,7 @@ class TextClassification(Task):
 
     def _rows(self, config: TrainConfig, flag: str) -> Rows:
         found = rows_of(config, flag)
-        name = Path(config.train if flag == "--train" else config.eval).name
+        name = Path(source_of(config, flag)).name
         columns = [texts(found, config.text, "--text", name)]
         if config.text_pair:
             columns.append(texts(found, config.text_pair, "--text-pair", name))

@@ -19,6 +19,7 @@ from geolora.tasks.task import (
     heads,
     loading,
     rows_of,
+    source_of,
     with_head,
 )
 from geolora.tasks.tokenizers import max_length, pad
@@ -155,7 +156,7 @@ def _flat(lists: list[list[Any]]) -> list[Any]:
 
 def _words_and_tags(config: TrainConfig, flag: str) -> Rows:
     rows = rows_of(config, flag)
-    name = Path(config.train if flag == "--train" else config.eval).name
+    name = Path(source_of(config, flag)).name
     words = column_of(rows, config.text, "--text", name)
     tags = column_of(rows, config.label, "--label", name)
     for number, (some, of_them) in enumerate(zip(words, tags, strict=True), 1):
