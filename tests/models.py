@@ -7,6 +7,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
+from rows import WORDS
+
 D_OUT, D_IN = 10, 12
 
 
@@ -130,27 +132,6 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 Build = Callable[..., Any]
 
 
-WORDS = [
-    "the",
-    "a",
-    "good",
-    "fine",
-    "great",
-    "bad",
-    "poor",
-    "awful",
-    "film",
-    "plot",
-    "actor",
-    "music",
-    "is",
-    "was",
-    "very",
-    "not",
-    "and",
-]
-
-
 def tiny_bert(folder: Any) -> Any:
     """A BERT of width 32 with its tokenizer, saved as a model folder."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -213,22 +194,3 @@ def tiny_vit(folder: Any) -> Any:
     ViTModel(config).save_pretrained(folder)
     ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
     return folder
-
-
-def reviews(rows: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Made-up reviews whose label is what their adjectives say."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def pick(words: list[str]) -> str:
-        return words[int(torch.randint(len(words), (1,), generator=generator))]
-
-    result = []
-    for _ in range(rows):
-        label = pick(["good", "bad"])
-        adjectives = WORDS[2:5] if label == "good" else WORDS[5:8]
-        text = f"the {pick(WORDS[8:12])} was {pick(['very', 'not', 'a'])} {pick(adjectives)}"
-        other = f"{pick(WORDS[8:12])} is {pick(adjectives)}"
-        result.append(
-            {"text": text, "other": other, "label": label, "score": float(label == "good")}
-        )
-    return result

@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "finite": ("errors",),
     "optim": (*MODEL, "buckets", "finite", "rest", "sharded"),
     "relatives": (*MODEL, "buckets", "finite", "rest", "relatives", "sharded"),
-    "adapter": (*CORE, "pairs"),
+    "adapter": (*CORE, "pairs", "sharded"),
     "folders": ("errors", "pairs", "adapter"),
     "gradient_pass": (*CORE, "pairs"),
     "size": ("errors", "gradient_pass", "pairs"),

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 import geolora
 from geolora.errors import SettingError
 from geolora.tasks.config import TrainConfig, check
-from models import backward, lora_net, products, reviews, tiny_bert
+from models import Net, backward, lora_net, products, tiny_bert
+from rows import reviews
 
 STEPS = 100
 CYCLE = {"prune_every": 12, "budget": 120}
@@ -86,20 +87,104 @@ distributed.destroy_process_group()
 """
 
 
+SHARDED = """
+import sys
+sys.path[:0] = {path!r}
+import torch
+import torch.distributed.checkpoint as dcp
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, DistributedType
+from accelerate.utils import FullyShardedDataParallelPlugin
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+import geolora
+from models import batch, lora_net
+rank, folder = int(sys.argv[1]), "{folder}"
+torch.distributed.init_process_group("gloo", init_method="file://" + folder + "/meet", rank=rank, world_size=2)
+plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=False)
+accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+accelerator.state.fsdp_plugin = plugin
+x, labels = batch()
+mine = slice(0, 12) if rank == 0 else slice(12, 24)
+
+
+def prepared(seed):
+    torch.manual_seed(seed)
+    model = lora_net()
+    optimizer = geolora.GeoLoRA(model, **{settings!r})  # before sharding, which swaps the parameters
+    # accelerate takes FSDP on accelerators only, and looks again whenever it is asked
+    AcceleratorState._shared_state["distributed_type"] = DistributedType.FSDP
+    return accelerator.prepare(model, optimizer)
+
+
+def trained(model, optimizer, steps):
+    for _ in range(steps):
+        model.zero_grad()
+        nn.functional.cross_entropy(model(x[mine]), labels[mine]).backward()
+        optimizer.step()
+
+
+def parameters(model):
+    return {{n: p.full_tensor() for n, p in model.named_parameters() if p.requires_grad}}
+
+
+def states(model, optimizer):
+    return dict(zip(("model", "optimizer"), get_state_dict(model, optimizer.optimizer)))
+
+
+model, optimizer = prepared(0)
+trained(model, optimizer, 30)
+dcp.save(states(model, optimizer), checkpoint_id=folder + "/checkpoint")
+torch.save((model.state_dict(), optimizer.optimizer.state_dict()), folder + f"/state-{{rank}}.pt")
+exported = geolora.export(model, folder + "/adapter")
+trained(model, optimizer, 20)
+found = parameters(model)
+
+again, other = prepared(5)
+loaded = states(again, other)
+dcp.load(loaded, checkpoint_id=folder + "/checkpoint")
+set_state_dict(again, other.optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+trained(again, other, 20)
+by_checkpoint = parameters(again)
+
+again, other = prepared(6)
+of_model, of_optimizer = torch.load(folder + f"/state-{{rank}}.pt")
+again.load_state_dict(of_model)
+other.optimizer.load_state_dict(of_optimizer)
+trained(again, other, 20)
+by_file = parameters(again)
+
+cut = geolora.prune(again, tail=0.0, budget=80)
+torch.save((found, by_checkpoint, by_file, exported.ranks, cut, geolora.ranks(again)), sys.argv[3])
+torch.distributed.destroy_process_group()
+"""
+
+
 def in_two(code: str, how: str, folder: Path) -> list[Any]:
     """What two processes that run the code save."""
     files = [folder / f"{rank}.pt" for rank in range(2)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    told = {
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "0",
+    }
     runs = [
         subprocess.Popen(
             [sys.executable, "-c", code, str(rank), how, str(file)],
-            env=env, stderr=subprocess.PIPE,
+            env={**os.environ, **told, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
         )
         for rank, file in enumerate(files)
-    ]  # fmt: skip
-    for run in runs:
-        _, errors = run.communicate(timeout=240)
-        assert run.returncode == 0, errors.decode()[-3000:]
+    ]
+    try:
+        for run in runs:
+            _, errors = run.communicate(timeout=240)
+            assert run.returncode == 0, errors.decode()[-3000:]
+    finally:
+        for run in runs:
+            run.kill()
+            run.communicate()
     return [torch.load(file) for file in files]
 
 
@@ -135,6 +220,37 @@ def test_two_processes_train_what_one_trains_on_all_rows(
 
     assert untouched, "a step with what is no number in one process moves nothing in any"
     assert len([line for line in said if "skipped, gradients not finite" in line]) == 1
+
+
+@pytest.mark.slow
+def test_what_accelerate_shards_trains_goes_on_and_is_exported(tmp_path: Path) -> None:
+    settings, bound = SETTINGS["adaptive"]
+    path = [str(Path(__file__).parent)]
+    code = SHARDED.format(path=path, folder=tmp_path, settings=settings)
+    (found, by_checkpoint, by_file, ranks, cut, left), other = in_two(code, "", tmp_path)
+    for name, value in found.items():
+        assert torch.equal(value, other[0][name])
+        assert torch.equal(value, by_checkpoint[name])
+        assert torch.equal(value, by_file[name])
+
+    torch.manual_seed(0)
+    model = lora_net()
+    optimizer = geolora.GeoLoRA(model, **settings)
+    for step in range(50):
+        if step == 30:
+            assert geolora.ranks(model) == ranks
+            errors = geolora.verify(tmp_path / "adapter", Net().double())
+            assert set(errors) == set(ranks)
+        backward(model)
+        optimizer.step()
+    theirs = lora_net()
+    for name, parameter in theirs.named_parameters():
+        parameter.data.copy_(found.get(name, parameter))
+    for name, W in products(model).items():
+        assert torch.linalg.matrix_norm(
+            W - products(theirs)[name]
+        ) < bound * torch.linalg.matrix_norm(W)
+    assert cut == left == geolora.prune(theirs, tail=0.0, budget=80) != optimizer.settled_ranks()
 
 
 @pytest.mark.slow

@@ -21,7 +21,8 @@ from transformers import (
 import geolora
 from geolora.errors import SettingError
 from geolora.trainer import progress_callback
-from models import pairs_of, reviews, tiny_bert
+from models import pairs_of, tiny_bert
+from rows import reviews
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 

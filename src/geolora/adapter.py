@@ -29,6 +29,7 @@ from geolora.pairs import (
     find_pairs,
     unpaired_lora_layers,
 )
+from geolora.sharded import is_first, whole, write
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -87,13 +88,14 @@ def ranks(model: nn.Module, adapter_name: str | None = None) -> dict[str, int]:
     """{layer: settled rank}: active slots, without those that have not been judged yet.
 
     Args:
-        model: a model with LoRA layers, trained by geolora or not.
+        model: a model with LoRA layers, trained by geolora or not. Where it is sharded (FSDP2) every
+            process must call, here, in `prune` and in `export`.
         adapter_name: which adapter; None for the active one.
     """
     return {
         pair.name: active - trials
-        for pair in find_pairs(model, adapter_name)
-        for active, trials in [slot_ranks(pair.A.flatten(1), pair.B.flatten(1))]
+        for pair in find_pairs(model, adapter_name, with_sharded=True)
+        for active, trials in [slot_ranks(*_factors(pair))]
     }
 
 
@@ -121,9 +123,9 @@ def prune(
     """
     if not 0 <= tail < 1:
         raise SettingError(f"prune: `tail` must be in [0, 1); got {tail}.")
-    pairs = find_pairs(model, adapter_name)
+    pairs = find_pairs(model, adapter_name, with_sharded=True)
     check_budget(pairs, budget)
-    readings = [read_pair(pair.A.flatten(1), pair.B.flatten(1), pair.scale) for pair in pairs]
+    readings = [read_pair(*_factors(pair), pair.scale) for pair in pairs]
     kept = settled_ranks(
         [reading.sigma for reading in readings],
         [pair.d_in + pair.d_out for pair in pairs],
@@ -144,8 +146,7 @@ def prune(
             torch.tensor(pair.scale, device=keep.device).double(),
             torch.tensor(pair.r, device=keep.device),
         )
-        pair.A.copy_(A.view(pair.A.shape))
-        pair.B.copy_(B.view(pair.B.shape))
+        write([pair.A, pair.B], [A.view(pair.A.shape), B.view(pair.B.shape)])
     return result
 
 
@@ -173,7 +174,7 @@ def suggest_budget(
     """
     if wrong := [share for share in shares if not 0 < share <= 1]:
         raise SettingError(f"suggest_budget: `shares` must be in (0, 1]; got {wrong[0]}.")
-    pairs = find_pairs(model, adapter_name)
+    pairs = find_pairs(model, adapter_name, with_sharded=True)
     cost = {pair.name: pair.d_in + pair.d_out for pair in pairs}
     used = sum(rank * cost[name] for name, rank in ranks(model, adapter_name).items())
     kept = [(pair.A.detach().clone(), pair.B.detach().clone()) for pair in pairs]
@@ -210,7 +211,7 @@ def _put_back(pairs: list[Pair], kept: list[tuple[Tensor, Tensor]]) -> None:
 
 def _size(pairs: list[Pair]) -> float:
     """||W||_F over all layers."""
-    sigmas = [read_pair(pair.A.flatten(1), pair.B.flatten(1), pair.scale).sigma for pair in pairs]
+    sigmas = [read_pair(*_factors(pair), pair.scale).sigma for pair in pairs]
     return sum(float((sigma.double() ** 2).sum()) for sigma in sigmas) ** 0.5
 
 
@@ -225,7 +226,8 @@ def export(
     """Write a PEFT adapter that stock `peft` loads, with probes for `verify` beside it.
 
     Trained heads and biases are kept; `verify` does not check them. Directions that were never
-    judged are left out, with a warning. The model is not changed.
+    judged are left out, with a warning. The model is not changed. Of a sharded model (FSDP2) the factors are
+    gathered: every process must call, the first one writes.
 
     Args:
         model: a PeftModel.
@@ -254,7 +256,7 @@ def export(
             "Wrap it with peft.get_peft_model, or save the injected layers with peft yourself."
         )
     adapter_name = adapter_of(model, adapter_name)
-    pairs = find_pairs(model, adapter_name)
+    pairs = find_pairs(model, adapter_name, with_sharded=True)
     _refuse_what_a_file_cannot_hold(model, adapter_name, pairs)
     _check_rank(pairs, layout, rank)
     points, settled = _points(pairs)
@@ -288,12 +290,8 @@ def export(
     )
 
     folder = Path(path)
-    (folder / PROBES).parent.mkdir(parents=True, exist_ok=True)
-    whole = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
-    save_file(whole, folder / WEIGHTS, metadata={"format": "pt"})
-    save_file(probes, folder / PROBES)
+    copies = {k: whole(v).detach().cpu().clone().contiguous() for k, v in tensors.items()}
     config = _exported_config(model, adapter_name, pairs, layout, widths)
-    config.save_pretrained(folder)
     lost = sum(float((s[kept[name] :] ** 2).sum()) for name, (_, s, _) in points.items())
     total = sum(float((s**2).sum()) for _, s, _ in points.values())
     cost = {pair.name: pair.d_in + pair.d_out for pair in pairs}
@@ -307,11 +305,21 @@ def export(
         trials,
         others,
     )
-    (folder / "README.md").write_text(_model_card(done, config), encoding="utf-8")
+    if is_first(model):
+        (folder / PROBES).parent.mkdir(parents=True, exist_ok=True)
+        save_file(copies, folder / WEIGHTS, metadata={"format": "pt"})
+        save_file(probes, folder / PROBES)
+        config.save_pretrained(folder)
+        (folder / "README.md").write_text(_model_card(done, config), encoding="utf-8")
     return done
 
 
 # ---- reading ------------------------------------------------------------------------------------
+
+
+def _factors(pair: Pair) -> tuple[Tensor, Tensor]:
+    """A (r, d_in) and B (d_out, r), gathered where they are sharded."""
+    return whole(pair.A).flatten(1), whole(pair.B).flatten(1)
 
 
 def _points(
@@ -320,7 +328,7 @@ def _points(
     """{layer: (U, sigma, V)} of all active directions, float64; and how many were judged."""
     points, settled = {}, {}
     for pair in pairs:
-        A, B = pair.A.flatten(1), pair.B.flatten(1)
+        A, B = _factors(pair)
         reading = read_pair(A, B, pair.scale)
         rank = int((reading.sigma > 0).sum())
         points[pair.name] = (reading.U[:, :rank], reading.sigma[:rank], reading.V[:, :rank])

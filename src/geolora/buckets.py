@@ -93,12 +93,18 @@ def master_shapes(group: dict[str, Any], settings: dict[str, Any]) -> dict[str, 
     return shapes
 
 
-def make_masters(state: dict[str, Any], group: dict[str, Any]) -> None:
-    """Zero masters and momentum, in float32 or the wider dtype of A."""
-    A = group["params"][0]
+def make_masters(state: dict[Tensor, dict[str, Any]], group: dict[str, Any]) -> None:
+    """Zero masters and momentum, in float32 or the wider dtype of A, as the state of the first A.
+
+    The other parameters get the row of the stacks they stand for: torch.distributed.checkpoint
+    demands a state of every parameter.
+    """
+    A, *others = group["params"]
     dtype = torch.promote_types(A.dtype, torch.float32)
+    for place, p in enumerate(others, 1):
+        state[p]["row"] = place // 2
     for key, shape in master_shapes(group, group).items():
-        state[key] = torch.zeros(shape, dtype=dtype, device=A.device)
+        state[A][key] = torch.zeros(shape, dtype=dtype, device=A.device)
 
 
 def refuse_other_state(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> None:

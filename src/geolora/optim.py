@@ -252,10 +252,9 @@ class GeoLoRA(torch.optim.Optimizer):
         live = [A.grad is not None and B.grad is not None for A, B in pairs_of(group["params"])]
         if not any(live) and phase_of(group) != "judge":
             return None
-        lead = group["params"][0]
-        state = self.state[lead]
+        state = self.state[group["params"][0]]
         if not state:
-            make_masters(state, group)
+            make_masters(self.state, group)
         right, left = self._maps(index, group, state)
         grad_A, grad_B = stacked_gradients(group["params"], state["U"].dtype)
         (K, L), beta = _memory(group, state)

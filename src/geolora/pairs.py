@@ -13,13 +13,14 @@ With `adapter.py`, `folders.py` and `saved.py` what knows PEFT; `tasks/peers.py`
 | ParamWrapper (`target_parameters`, MoE experts)           | refused, but by RiemannianAdamW  |
 | AdaLoRA                                                   | refused: three factors           |
 | tied pairs (shared storage)                               | refused: one matrix, two layers  |
-| FSDP2's DTensors                                          | GeoLoRA's step gathers; else refused |
+| FSDP2's DTensors                                          | GeoLoRA and export gather; else refused |
 | tensor-parallel, ZeRO-partitioned factors                 | refused: the step needs whole A, B |
 | factors on MPS                                            | refused: no float64              |
 | factors on meta, on two devices, with NaN or infinities   | refused                          |
 | one of the two factors frozen                             | refused                          |
 """
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ class Pair:
     @property
     def d_in(self) -> int:
         """Columns of W; a kernel is flattened."""
-        return self.A[0].numel()
+        return math.prod(self.A.shape[1:])
 
     @property
     def d_out(self) -> int:
@@ -247,8 +248,8 @@ def refuse_unreachable(name: str, *factors: torch.Tensor) -> None:
             )
         if hasattr(factor, "placements"):
             raise SetupError(
-                f"geolora: the factors of `{name}` are sharded (DTensor), which GeoLoRA's step can "
-                "gather and this cannot. Use DDP, or gather them first."
+                f"geolora: the factors of `{name}` are sharded (DTensor), which GeoLoRA and "
+                "export can gather and this cannot. Use DDP, or do it before sharding."
             )
     devices = sorted({str(factor.device) for factor in factors})
     if len(devices) > 1:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed, nn
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -22,6 +22,12 @@ def part(tensor: Tensor) -> Tensor:
     """What of a tensor lies in this process."""
     sharded: Any = tensor
     return sharded.to_local() if is_sharded(tensor) else tensor
+
+
+def is_first(model: nn.Module) -> bool:
+    """Whether this process is the one to write files of a model: any, unless it is sharded."""
+    sharded = any(is_sharded(parameter) for parameter in model.parameters())
+    return not sharded or distributed.get_rank() == 0
 
 
 def write(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:

@@ -13,7 +13,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from geolora.cli.__main__ import main
 from geolora.tasks.config import TrainConfig
-from models import reviews, tiny_bert
+from models import tiny_bert
+from rows import reviews
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from geolora.cli import demo
 from geolora.cli.__main__ import main
 from geolora.tasks.text_classification import labelled_texts
-from models import reviews, tiny_bert
+from models import tiny_bert
+from rows import reviews
 
 pytest.importorskip(demo.PACKAGE, reason="the demo extra is not installed")
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from geolora import LoRAPro, LoRASB, RACLoRA, RiemannianAdamW, optim
 from geolora.cli.__main__ import main
 from geolora.tasks import training as task
-from models import reviews, tiny_bert
+from models import tiny_bert, tiny_llama, tiny_vit
+from rows import pictures, reviews, sentences, sums
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
@@ -131,6 +133,55 @@ def test_ctrl_c_saves_says_how_to_go_on_and_going_on_is_exact(
     assert not (tmp_path / "out" / "report.json").exists()
     steps = at_step(monkeypatch, 0, ctrl_c)
     assert run("out")[0] == 0
+    assert steps == [STEPS - 13]
+    assert_same(tmp_path / "whole", tmp_path / "out")
+
+
+def rows_of(folder: Path, name: str, rows: list[dict[str, Any]]) -> None:
+    (folder / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+
+
+@pytest.fixture
+def files_of_a_task(request: pytest.FixtureRequest, tmp_path: Path) -> list[object]:
+    """The flags of a run of one task, on a model and rows of its own."""
+    name, folder = request.param, tmp_path
+    model = {"image-classification": tiny_vit, "causal-lm": tiny_llama}.get(name, tiny_bert)
+    model(folder / "model")
+    ending = "npz" if name == "image-classification" else "jsonl"
+    for split, count, seed in (("train", 120, 0), ("dev", 30, 1)):
+        if name == "image-classification":
+            images, labels = pictures(count, seed)
+            np.savez(folder / f"{split}.npz", images=images, labels=labels)
+        else:
+            make = {"token-classification": sentences, "causal-lm": sums}.get(name, reviews)
+            rows_of(folder, split, make(count, seed))
+    flags = {
+        "token-classification": ["--text", "words", "--label", "tags"],
+        "image-classification": [],
+        "causal-lm": ["--prompt", "question", "--completion", "answer", "--packing"],
+        "text-regression": ["--label", "score"],
+    }
+    return [
+        "--task", name, "--model", folder / "model", "--train", folder / f"train.{ending}",
+        "--eval", folder / f"dev.{ending}", *flags[name],
+    ]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning:trl.*")
+@pytest.mark.parametrize(
+    "files_of_a_task",
+    ["token-classification", "image-classification", "causal-lm", "text-regression"],
+    indirect=True,
+)
+def test_every_task_goes_on_exactly(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files_of_a_task: list[object]
+) -> None:
+    assert run("whole", *files_of_a_task)[0] == 0
+    with monkeypatch.context() as patch:
+        at_step(patch, 13, ctrl_c)
+        assert run("out", *files_of_a_task)[0] == 130
+    steps = at_step(monkeypatch, 0, ctrl_c)
+    assert run("out", *files_of_a_task)[0] == 0
     assert steps == [STEPS - 13]
     assert_same(tmp_path / "whole", tmp_path / "out")
 

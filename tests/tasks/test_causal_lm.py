@@ -16,6 +16,7 @@ from geolora.tasks import training
 from geolora.tasks.causal_lm import IGNORED, CausalLM, is_right, of_chat, of_pair
 from geolora.tasks.config import TrainConfig
 from models import CHAT, tiny_llama
+from rows import sums
 
 pytest.importorskip("trl")
 pytestmark = [
@@ -33,12 +34,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_llama(tmp_path_factory.mktemp("llama") / "chat", chat=True)
-
-
-def sums(count: int, seed: int) -> list[dict[str, str]]:
-    generator = torch.Generator().manual_seed(seed)
-    pairs = torch.randint(0, 3, (count, 2), generator=generator).tolist()
-    return [{"question": f"{a} + {b} =", "answer": f"the film is #### {a + b}"} for a, b in pairs]
 
 
 def write(path: Path, rows: list[dict]) -> str:

@@ -16,7 +16,7 @@ from geolora.tasks.plan import Cell, read_plan
 from geolora.tasks.summary import summarise
 from geolora.tasks.task import Data, Rows
 from geolora.tasks.training import Outcome
-from models import reviews
+from rows import reviews
 
 PLAN = """
 output: {output}

@@ -16,19 +16,9 @@ from geolora.tasks import training
 from geolora.tasks.config import TrainConfig
 from geolora.tasks.image_classification import opened
 from models import tiny_vit
+from rows import pictures
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
-
-
-def pictures(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Noise, brighter in its upper (0) or lower (1) half."""
-    random = np.random.default_rng(seed)
-    labels = random.integers(0, 2, count)
-    images = random.integers(0, 100, (count, 16, 16, 3))
-    for image, label in zip(images, labels, strict=True):
-        image[:8] += 100 * (label == 0)
-        image[8:] += 100 * (label == 1)
-    return images.astype(np.uint8), labels
 
 
 @pytest.fixture

@@ -17,7 +17,8 @@ from geolora.tasks.config import TrainConfig, check
 from geolora.tasks.peers import METHODS, TRUNCATED, truncate
 from geolora.tasks.task import Data
 from geolora.tasks.text_classification import labelled_texts
-from models import lora_net, reviews, tiny_bert
+from models import lora_net, tiny_bert
+from rows import reviews
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 RANK = 6

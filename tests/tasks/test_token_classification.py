@@ -19,25 +19,10 @@ from geolora.tasks.token_classification import (
     entities,
     mean_over_words,
 )
-from models import WORDS, tiny_bert
+from models import tiny_bert
+from rows import sentences
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
-KINDS = {"film": "B-ART", "plot": "B-ART", "actor": "B-MAN", "music": "B-ART"}
-
-
-def sentences(count: int, seed: int) -> list[dict]:
-    """Four nouns are entities, and a `good` that follows one belongs to it."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = []
-    for _ in range(count):
-        size = int(torch.randint(3, 12, (), generator=generator))
-        words = [WORDS[i] for i in torch.randint(len(WORDS), (size,), generator=generator).tolist()]
-        tags = [KINDS.get(word, "O") for word in words]
-        for place in range(1, len(words)):
-            if words[place] == "good" and words[place - 1] in KINDS:
-                tags[place] = "I" + tags[place - 1][1:]
-        rows.append({"words": words, "tags": tags})
-    return rows
 
 
 @pytest.fixture

@@ -152,13 +152,15 @@ class CausalLM(Task):
             "max_length": None,
             "dataset_kwargs": {"skip_prepare_dataset": True},
         }
-        return SFTTrainer(
+        trainer = SFTTrainer(
             args=one_device(SFTConfig(**settings)),
             train_dataset=Dataset.from_list(examples).select(order),
             data_collator=loaded.collate,
             processing_class=loaded.processor,
             **more,
         )
+        trainer.add_callback(_counting_on(trainer))
+        return trainer
 
     def predict(self, trainer: Any, loaded: Loaded, rows: Rows, config: TrainConfig) -> Predictions:
         """Sums of negative log-likelihoods and counts of tokens, or which answers are right."""
@@ -166,6 +168,19 @@ class CausalLM(Task):
         if config.metric == "exact_match":
             return _answers(model, loaded.processor, rows, config.max_new_tokens)
         return _likelihoods(model, loaded, self._plain(loaded, rows, "--eval"))
+
+
+def _counting_on(trainer: Any) -> Any:
+    """A callback for TRL's count of tokens, which is in no checkpoint: it goes on from what was logged."""
+    from transformers import TrainerCallback
+
+    class Counting(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+            counts = [entry["num_tokens"] for entry in state.log_history if "num_tokens" in entry]
+            if counts:
+                trainer._total_train_tokens = int(counts[-1])
+
+    return Counting()
 
 
 def of_pair(tokenizer: Any, row: dict[str, str]) -> dict[str, list[int]]:

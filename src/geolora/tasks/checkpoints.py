@@ -157,6 +157,8 @@ def checkpoint_callback(run: str, can_resume: bool = True) -> Any:
             if asked:
                 control.should_training_stop = True
                 self.stopped = state.global_step
+            # Trainer's checkpoints hold no loss: what is logged after one starts from it
+            control.should_log |= control.should_save
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
             folder = Path(args.output_dir)
