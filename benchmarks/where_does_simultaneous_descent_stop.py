@@ -11,8 +11,9 @@ import torch
 from record import FIGURES, write
 from torch import Tensor
 
+from geolora.kernels.augment import look, moved
 from geolora.kernels.tangent import norm, project
-from geolora.methods.geolora import Momentum, Point, step
+from geolora.methods.geolora import step
 
 STEPS = 300
 LR = 0.1
@@ -48,13 +49,16 @@ def geometric(start: float, slots: int) -> dict[str, list[float]]:
     sigma = torch.tensor([start], dtype=torch.float64)
     U, sigma, V = (torch.nn.functional.pad(x, (0, slots - 1))[None] for x in (u, sigma, v))
     lr, cap = torch.tensor([LR], dtype=torch.float64), torch.tensor([slots])
-    point, errors, tangents = Point(U, sigma, V), [], []
+    errors, tangents = [], []
     for _ in range(STEPS):
-        G = (point.U * point.sigma) @ point.V.mT - wanted
-        K, L = project(G, point.U, point.V)
-        tangents.append(float(norm(K, L, point.U)))
+        G = (U * sigma) @ V.mT - wanted
+        K, L = project(G, U, V)
+        tangents.append(float(norm(K, L, U)))
         errors.append(float(G.norm()))
-        ((point, _),) = step([point], [Momentum(K, L)], lr, cap)
+        left, right = look(U, K), look(V, L)
+        on_left, sigma, on_right = step(left, right, sigma, lr, cap)
+        U = moved(left, U, K, on_left[..., :slots]).mT
+        V = moved(right, V, L, on_right[..., :slots]).mT
     return {"error": errors, "tangent_gradient": tangents}
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 import geolora
 import reference
+from geolora import work
 from geolora.errors import (
     BudgetError,
     NonFiniteGradientError,
@@ -656,3 +657,21 @@ def test_import_is_light_and_step_has_no_side_effect_on_gradients() -> None:
     for name, p in model.named_parameters():
         if p.grad is not None:
             assert torch.equal(p.grad, grads[name])
+
+
+@pytest.mark.parametrize("moments", ["adaptive", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_layers_can_be_gone_over_in_parts(
+    moments: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = []
+    for size in (1 << 22, 1):  # all layers of a shape at once, each for itself
+        monkeypatch.setitem(work.PART, "cpu", size)
+        torch.manual_seed(0)
+        model = lora_net(dtype=dtype)
+        optimizer = geolora.GeoLoRA(model, moments=moments, prune_every=6, max_tangent_norm=0.5)
+        train(model, optimizer, 20, dtype=dtype)
+        ends.append((snapshot(model), optimizer.settled_ranks()))
+    assert ends[0][1] == ends[1][1]
+    for name, value in ends[0][0].items():
+        assert difference(ends[1][0][name], value) < bound(dtype, 12, factor=1e3), name

@@ -146,7 +146,7 @@ def prune(
             torch.tensor(pair.scale, device=keep.device).double(),
             torch.tensor(pair.r, device=keep.device),
         )
-        write([pair.A, pair.B], [A.view(pair.A.shape), B.view(pair.B.shape)])
+        write([pair.A, pair.B], [A, B])
     return result
 
 

@@ -103,8 +103,9 @@ def make_masters(state: dict[Tensor, dict[str, Any]], group: dict[str, Any]) -> 
     dtype = torch.promote_types(A.dtype, torch.float32)
     for place, p in enumerate(others, 1):
         state[p]["row"] = place // 2
-    for key, shape in master_shapes(group, group).items():
-        state[A][key] = torch.zeros(shape, dtype=dtype, device=A.device)
+    for key, (n, *rest) in master_shapes(group, group).items():
+        # like A: a direction is a row in memory
+        state[A][key] = torch.zeros((n, *rest[::-1]), dtype=dtype, device=A.device).movedim(-1, 1)
 
 
 def refuse_other_state(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> None:
@@ -173,7 +174,7 @@ def stacked_gradients(params: list[Tensor], dtype: torch.dtype) -> tuple[Tensor,
 
     def stack(side: list[Tensor]) -> Tensor:
         grads = [whole(torch.zeros_like(p) if p.grad is None else p.grad) for p in side]
-        return torch.stack([g.flatten(1) for g in grads]).to(dtype)
+        return torch.stack([g if g.dim() == 2 else g.flatten(1) for g in grads]).to(dtype)
 
     return stack(params[::2]), stack(params[1::2])
 

@@ -10,8 +10,7 @@ state of its first parameter. Everything that must survive a checkpoint is in `s
 
 import math
 import warnings
-from collections import defaultdict
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,17 +21,16 @@ from geolora.buckets import (
     load_keeping_dtypes,
     make_masters,
     new_groups,
-    new_probes,
     not_finite,
     pairs_of,
     phase_of,
     refuse_other_state,
     scales_of,
-    stacked_gradients,
 )
 from geolora.errors import SettingError, SetupError, UnpairedParametersWarning, at_most_three
 from geolora.factors import balanced_maps, read_pair, slot_ranks, to_pair
 from geolora.finite import to_be_skipped, total
+from geolora.kernels.augment import Span, together
 from geolora.kernels.tangent import norm, transport
 from geolora.kernels.truncate import settled_ranks
 from geolora.methods import geolora as method
@@ -45,6 +43,7 @@ from geolora.pairs import (
 )
 from geolora.rest import SETTINGS, adamw_step, rest_groups
 from geolora.sharded import whole, write
+from geolora.work import Work, by_slots, even, filled_columns, of_live
 
 MOMENTS = ("adaptive", "momentum", "none")
 DEFAULT_LR = {"adaptive": 7e-3, "momentum": 1e-2, "none": 1e-1}
@@ -228,18 +227,19 @@ class GeoLoRA(torch.optim.Optimizer):
                 "GeoLoRA.step: closures are not supported. Compute the loss and call backward() "
                 "before step(): the factors' gradients are read once, at the current point."
             )
-        moves = [
-            move
+        works = [
+            work
             for index, group in enumerate(self._geometric())
-            if (move := self._read(index, group)) is not None
+            if (work := self._begin(index, group)) is not None
         ]
-        if self._skip_non_finite(moves):
+        if self._skip_non_finite(works):
             return
-        moves = self._bounded(moves)
-        self._weigh(moves)
-        moves = self._judged(self._advanced(moves))
-        for move in moves:
-            self._commit(move)
+        self._see(works)
+        self._weigh(works)
+        self._turn(works)
+        self._judge(works)
+        for work in works:
+            self._write(work)
         for group in self._geometric():
             group["steps"] += 1
         for group in self._rest():
@@ -247,21 +247,15 @@ class GeoLoRA(torch.optim.Optimizer):
 
     # ---- reading -------------------------------------------------------------------------------
 
-    def _read(self, index: int, group: dict[str, Any]) -> "_Move | None":
-        """Masters and tangent gradient of a bucket; None where there is nothing to do."""
+    def _begin(self, index: int, group: dict[str, Any]) -> Work | None:
+        """A bucket that has something to do in this step, or None."""
         live = [A.grad is not None and B.grad is not None for A, B in pairs_of(group["params"])]
         if not any(live) and phase_of(group) != "judge":
             return None
         state = self.state[group["params"][0]]
         if not state:
             make_masters(self.state, group)
-        right, left = self._maps(index, group, state)
-        grad_A, grad_B = stacked_gradients(group["params"], state["U"].dtype)
-        (K, L), beta = _memory(group, state)
-        K = torch.baddbmm(K.mT, right.mT, grad_B.mT, beta=beta).mT
-        L = torch.baddbmm(L.mT, left.mT, grad_A, beta=beta).mT
-        point, M = method.Point(state["U"], state["sigma"], state["V"]), method.Momentum(K, L)
-        return _Move(index, group, live, point, M, point, M, written=False)
+        return Work(index, group, state, live, self._maps(index, group, state))
 
     def _maps(
         self, index: int, group: dict[str, Any], state: dict[str, Any]
@@ -289,6 +283,7 @@ class GeoLoRA(torch.optim.Optimizer):
         if not stale:
             self._seen[index] = fingerprints(group["params"])
             return right, left
+        self._widths = {}
         for i in stale:
             refuse_unreachable(group["layers"][i], *factors[2 * i : 2 * i + 2])
             a, b = (p.flatten(1) for p in factors[2 * i : 2 * i + 2])
@@ -306,136 +301,146 @@ class GeoLoRA(torch.optim.Optimizer):
                 )
         return right, left
 
-    def _skip_non_finite(self, moves: list["_Move"]) -> bool:
+    def _skip_non_finite(self, works: list[Work]) -> bool:
         """True, with one warning naming the layers, where a gradient is NaN or infinite."""
         rest = [g for group in self._rest() for p in group["params"] if (g := p.grad) is not None]
-        totals = [total(part) for move in moves for part in move.M] + [
-            total(whole(g)) for g in rest
-        ]
+        totals = [total(g) for work in works for g in work.all_gradients()]
+        totals += [total(whole(g)) for g in rest]
         groups = self._geometric()
         return to_be_skipped("GeoLoRA", groups[0], totals, lambda: not_finite(groups))
 
-    # ---- moving --------------------------------------------------------------------------------
+    # ---- seeing --------------------------------------------------------------------------------
 
-    def _bounded(self, moves: list["_Move"]) -> list["_Move"]:
-        """Scale all tangent gradients down where their joint norm exceeds max_tangent_norm."""
-        if not moves or moves[0].group["max_tangent_norm"] is None:
-            return moves
-        squares, memories = [], []
-        for move in moves:
-            before, beta = _memory(move.group, self.state[move.group["params"][0]])
-            memories.append([beta * part for part in before])
-            K, L = (part - old for part, old in zip(move.M, memories[-1], strict=True))
-            squares.append(norm(K, L, move.point.U).square().sum())
+    def _see(self, works: list[Work]) -> None:
+        """Move the momentum on, and see it from where the layers are; the long dimension, once."""
+        shrink = self._shrink(works)
+        for due in by_slots(works):
+            width = self._width(due)
+            for work in due:
+                work.width = width
+                for part in work.parts:
+                    work.see(part, shrink)
+
+    def _shrink(self, works: list[Work]) -> Tensor | None:
+        """What the gradients are multiplied by where their joint tangent norm exceeds max_tangent_norm."""
+        bound = works[0].group["max_tangent_norm"] if works else None
+        if bound is None:
+            return None
+        squares = []
+        for work in works:
+            for part in work.parts:
+                K, L = work.tangent(part)
+                squares.append(norm(K, L, work.state["U"][part]).square().sum())
         size = torch.stack([s.to(squares[0].device) for s in squares]).sum().sqrt()
-        factor = (moves[0].group["max_tangent_norm"] / size.clamp(min=1e-30)).clamp(max=1.0)
-        bounded = []
-        for move, old in zip(moves, memories, strict=True):
-            parts = (a.lerp(b, factor.to(b)) for a, b in zip(old, move.M, strict=True))
-            M = method.Momentum(*parts)
-            bounded.append(move._replace(M=M, carried=M))
-        return bounded
+        return (bound / size.clamp(min=1e-30)).clamp(max=1.0)
 
-    def _weigh(self, moves: list["_Move"]) -> None:
-        """Add up what directions gain, from the growing to the judgement."""
-        for move in moves:
-            group = move.group
-            if by_gain(group) and phase_of(group) != "hold":
-                gain = self.state[group["params"][0]]["gain"]
-                now = group["unit"] * method.gains(move.M)
-                gain += _where(move.live, now, torch.zeros_like(now))
+    def _width(self, due: list[Work]) -> int:
+        """Slots that may be filled after this step: those filled now, at most twice as many.
 
-    def _advanced(self, moves: list["_Move"]) -> list["_Move"]:
-        """The new points of all buckets, capped but not yet judged."""
-        together: dict[Any, list[int]] = defaultdict(list)
-        sizes = self._rates(moves)
-        for i, move in enumerate(moves):
-            if move.group["lr"] != 0.0 and any(move.live):
-                sigma = move.point.sigma
-                together[sigma.shape[-1], sigma.dtype, sigma.device].append(i)
-        for (slots, _, device), indices in together.items():
-            due = [moves[i] for i in indices]
-            caps = []
-            for move in due:
-                group, count = move.group, len(move.live)
-                caps += group["ranks"] if phase_of(group) == "hold" else [slots] * count
-            adaptive = due[0].group["moments"] == "adaptive"
-            ends = method.step(
-                [move.point for move in due],
-                [move.M for move in due],
-                torch.cat([sizes[i] for i in indices]),
-                torch.tensor(caps, device=device),
-                method.Spectral([self._ahead(move) for move in due], SOFTEN) if adaptive else None,
-                self._width(due),
-            )
-            for i, (new, carried) in zip(indices, ends, strict=True):
-                moves[i] = moves[i]._replace(new=new, carried=carried, written=True)
-        return moves
-
-    def _width(self, due: list["_Move"]) -> int:
-        """Slots that may be filled after this step: those filled now, at most twice as many."""
-        place = torch.arange(1, due[0].point.V.shape[-1] + 1, device=due[0].point.V.device)
+        Counting them reads from the device; while ranks are held at their caps the count stands.
+        """
+        places = tuple(work.place for work in due)
+        held = all(phase_of(work.group) == "hold" for work in due)
+        if held and places in self._widths:
+            return self._widths[places]
+        self._widths.pop(places, None)
+        slots = due[0].slots
+        place = torch.arange(1, slots + 1, device=due[0].state["V"].device)
         filled = [
-            (_filled(part) * place).amax() for move in due for part in (move.point.U, move.point.V)
+            (filled_columns(work.state[key]) * place).amax() for work in due for key in ("U", "V")
         ]
         last = max(1, int(torch.stack(filled).amax()))
-        if all(phase_of(move.group) == "hold" for move in due):
-            cap = max(rank for move in due for rank in move.group["ranks"])
-            return max(last, min(2 * last, cap))
-        return 2 * last
+        cap = max(rank for work in due for rank in work.group["ranks"]) if held else 2 * last
+        width = min(slots, even(max(last, min(2 * last, cap))))
+        if held and last >= cap:
+            self._widths[places] = width
+        return width
 
-    def _rates(self, moves: list["_Move"]) -> list[Tensor]:
-        """The step sizes of the layers of every bucket, (n,) float64 each."""
-        rates = [
-            move.point.sigma.new_full((len(move.live),), move.group["lr"], dtype=torch.float64)
-            for move in moves
-        ]
-        if not moves or moves[0].group["moments"] != "adaptive":
+    def _weigh(self, works: list[Work]) -> None:
+        """Add up what directions gain, from the growing to the judgement."""
+        for work in works:
+            if by_gain(work.group) and phase_of(work.group) != "hold" and work.spans:
+                now = work.group["unit"] * method.gains(*work.both())
+                now = nn.functional.pad(now, (0, work.slots - work.width))
+                work.state["gain"] += of_live(work.live, now, torch.zeros_like(now))
+
+    # ---- moving --------------------------------------------------------------------------------
+
+    def _turn(self, works: list[Work]) -> None:
+        """Solve the small problems: the new points of all buckets, capped but not yet judged."""
+        going = [work for work in works if work.group["lr"] != 0.0 and any(work.live)]
+        alike = by_slots(going)
+        seen = []
+        for due in alike:
+            sides = zip(*(work.both() for work in due), strict=True)
+            seen.append(tuple(together(side) for side in sides))
+        for due, (left, right), rate in zip(alike, seen, self._rates(alike, seen), strict=True):
+            caps = []
+            for work in due:
+                held = phase_of(work.group) == "hold"
+                caps += work.group["ranks"] if held else [work.slots] * len(work.live)
+            turn = method.step(
+                left,
+                right,
+                torch.cat([work.state["sigma"][:, : work.width] for work in due]),
+                rate,
+                torch.tensor(caps, device=rate.device),
+                SOFTEN if due[0].adaptive else None,
+            )
+            counts = [len(work.live) for work in due]
+            shares = zip(*(part.split(counts) for part in turn), strict=True)
+            for work, share in zip(due, shares, strict=True):
+                work.turn = method.Turn(*share)
+
+    def _rates(self, alike: list[list[Work]], seen: list[tuple[Span, Span]]) -> list[Tensor]:
+        """The step sizes of all layers, (N,) float64 for each group of buckets."""
+
+        def of_layers(due: list[Work], key: str) -> Tensor:
+            values = [work.group[key] for work in due for _ in work.live]
+            return torch.tensor(values, dtype=torch.float64, device=due[0].state["sigma"].device)
+
+        rates = [of_layers(due, "lr") for due in alike]
+        if not alike or not alike[0][0].adaptive:
             return rates
-        forces = [move.group["unit"] * norm(*move.M, move.point.U).double() for move in moves]
+        units = [of_layers(due, "unit") for due in alike]
+        forces = [unit * method.force(*sides) for unit, sides in zip(units, seen, strict=True)]
         device = forces[0].device  # layers may lie on several
-        live = torch.tensor([live for move in moves for live in move.live], device=device)
-        shares = method.shares(torch.cat([force.to(device) for force in forces]), live)
-        for rate, share, move in zip(rates, shares.split([*map(len, rates)]), moves, strict=True):
-            used = _filled(move.point.V).sum(-1).clamp(min=1)  # directions, probes included
-            rate *= move.group["unit"] * (REFERENCE_RANK / used.double()).sqrt()
+        live = [live for due in alike for work in due for live in work.live]
+        shares = method.shares(
+            torch.cat([force.to(device) for force in forces]), torch.tensor(live, device=device)
+        )
+        for rate, unit, share, (_, right) in zip(
+            rates, units, shares.split([*map(len, rates)]), seen, strict=True
+        ):
+            used = (right.base.diagonal(dim1=-2, dim2=-1) > 0).sum(
+                -1
+            )  # directions, probes included
+            rate *= unit * (REFERENCE_RANK / used.clamp(min=1).double()).sqrt()
             rate *= share.to(rate.device)
         return rates
 
-    def _ahead(self, move: "_Move") -> method.Momentum:
-        """Nesterov's look ahead: the gradient + b M = (1 + b) M - b M_before, for M = b M_before + G."""
-        before, beta = _memory(move.group, self.state[move.group["params"][0]])
-        parts = ((1 + beta) * now - beta * old for now, old in zip(move.M, before, strict=True))
-        return method.Momentum(*parts)
-
-    def _judged(self, moves: list["_Move"]) -> list["_Move"]:
+    def _judge(self, works: list[Work]) -> None:
         """Cut every bucket whose cycle says so, by tail and then by the budget over all layers."""
-        if not all(phase_of(m.group) == "judge" and m.group["lr"] != 0 for m in moves):
-            return moves
-        # a layer without a gradient in this step is judged as it stands
-        due = [move.standing() for move in moves]
+        if not all(phase_of(w.group) == "judge" and w.group["lr"] != 0 for w in works):
+            return
         settings = self._geometric()[0]
         ranks = settled_ranks(
-            [sigma for move in due for sigma in move.new.sigma.double().cpu()],
-            [move.group["cost"] for move in due for _ in move.live],
+            [sigma for work in works for sigma in work.sigma().double().cpu()],
+            [work.group["cost"] for work in works for _ in work.live],
             settings["tail"],
             settings["budget"],
-            self._worth(due) if by_gain(settings) else None,
+            self._worth(works) if by_gain(settings) else None,
         )
-        judged = []
-        for move in due:
-            settle = move.group["settle_after"]
-            move.group["settled"] = settle is not None and move.group["steps"] >= settle
-            move.group["ranks"], ranks = ranks[: len(move.live)], ranks[len(move.live) :]
-            kept = torch.tensor(move.group["ranks"], device=move.new.sigma.device)
-            new, carried = method.cut(move.new, move.carried, kept)
-            live = [True] * len(move.live)
-            judged.append(move._replace(new=new, carried=carried, live=live, written=True))
-        return judged
+        for work in works:
+            settle = work.group["settle_after"]
+            work.group["settled"] = settle is not None and work.group["steps"] >= settle
+            work.group["ranks"], ranks = ranks[: len(work.live)], ranks[len(work.live) :]
+            sigma = work.sigma()
+            work.keep = method.kept(sigma, torch.tensor(work.group["ranks"], device=sigma.device))
 
-    def _worth(self, due: list["_Move"]) -> list[Tensor]:
+    def _worth(self, works: list[Work]) -> list[Tensor]:
         """What the directions of all layers have gained since the last judgement; counted anew."""
-        gains = [self.state[move.group["params"][0]]["gain"] for move in due]
+        gains = [work.state["gain"] for work in works]
         worth = [row for gain in gains for row in gain.double().cpu()]
         for gain in gains:
             gain.zero_()
@@ -443,36 +448,31 @@ class GeoLoRA(torch.optim.Optimizer):
 
     # ---- writing -------------------------------------------------------------------------------
 
-    def _commit(self, move: "_Move") -> None:
-        """Store the new masters and momentum; write A and B unless nothing moved."""
-        group, params = move.group, move.group["params"]
-        state = self.state[params[0]]
-        new, carried = move.new, move.carried
-        if move.written and phase_of({**group, "steps": group["steps"] + 1}) == "grow":
-            omega, slot = new_probes(new.U, new.V, group["layers"], group["steps"])
-            new = new._replace(V=new.V + omega * slot)
-            U, _, V = move.point
-            along, _ = transport(*move.M, U, V, U[..., :0], omega)
-            carried = carried._replace(K=carried.K + along * slot)
-        fresh = new._asdict() | (carried._asdict() if "K" in state else {})
-        state.update({key: _where(move.live, fresh[key], state[key]) for key in fresh})
-        if not move.written:
+    def _write(self, work: Work) -> None:
+        """The new masters and momentum, and A and B, unless nothing moved; the long dimension again."""
+        if work.turn is None and work.keep is None:
             return
-        settled = torch.tensor(group["ranks"], device=new.sigma.device)
-        A, B = to_pair(
-            state["U"], state["sigma"], state["V"], scales_of(group, state["sigma"]), settled
-        )
-        rows, columns = A.unbind(), B.unbind()
-        targets, sources = [], []
-        for i, (a, b) in enumerate(pairs_of(params)):
-            if move.live[i]:
-                targets += [a, b]
-                sources += [rows[i].view(a.shape), columns[i].view(b.shape)]
-        write(targets, sources)
-        if all(move.live):
-            self._seen[move.place] = fingerprints(params)
+        group, params, state = work.group, work.group["params"], work.state
+        state["sigma"].copy_(work.sigma())
+        grows = phase_of({**group, "steps": group["steps"] + 1}) == "grow"
+        scale = scales_of(group, state["sigma"])
+        settled = torch.tensor(group["ranks"], device=scale.device)
+        live = work.live if work.keep is None else [True] * len(work.live)
+        for number, part in enumerate(work.parts):
+            work.move(number, part, grows)
+            U, sigma, V = (state[key][part] for key in ("U", "sigma", "V"))
+            A, B = to_pair(U, sigma, V, scale[part], settled[part])
+            rows, columns = A.unbind(), B.unbind()
+            targets, sources = [], []
+            for i, (a, b) in enumerate(pairs_of(params[2 * part.start : 2 * part.stop])):
+                if live[part.start + i]:
+                    targets += [a, b]
+                    sources += [rows[i], columns[i]]
+            write(targets, sources)
+        if all(live):
+            self._seen[work.place] = fingerprints(params)
         else:
-            self._seen.pop(move.place, None)
+            self._seen.pop(work.place, None)
 
     # ---- state ---------------------------------------------------------------------------------
 
@@ -484,11 +484,16 @@ class GeoLoRA(torch.optim.Optimizer):
         """
         refuse_other_state(self.param_groups, state_dict)
         load_keeping_dtypes(self, super().load_state_dict, state_dict)
-        self._seen = {}
+        self._forget()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Look again at what is in the parameters, and at how many slots are filled."""
         self._seen: dict[int, list[tuple[int, int]]] = {}
+        self._widths: dict[tuple[int, ...], int] = {}
 
     def _geometric(self) -> list[dict[str, Any]]:
         return [group for group in self.param_groups if group["kind"] == "geometric"]
@@ -502,46 +507,7 @@ class GeoLoRA(torch.optim.Optimizer):
             param_group = {"lr": self.defaults["rest_lr"], **SETTINGS, **param_group}
         super().add_param_group(param_group)
         if "_seen" not in self.__dict__:
-            self._seen = {}
-
-
-class _Move(NamedTuple):
-    """A bucket on its way through one step."""
-
-    place: int
-    group: dict[str, Any]
-    live: list[bool]
-    point: method.Point
-    M: method.Momentum
-    new: method.Point
-    carried: method.Momentum
-    written: bool
-
-    def standing(self) -> "_Move":
-        """The same, where the layers without a gradient stay at their old point."""
-        new = (_where(self.live, a, b) for a, b in zip(self.new, self.point, strict=True))
-        carried = (_where(self.live, a, b) for a, b in zip(self.carried, self.M, strict=True))
-        return self._replace(new=method.Point(*new), carried=method.Momentum(*carried))
-
-
-def _memory(group: dict[str, Any], state: dict[str, Any]) -> tuple[method.Momentum, float]:
-    """The momentum of the steps before, and its factor; with none, anything and zero."""
-    if group["moments"] == "none":
-        return method.Momentum(state["U"], state["V"]), 0.0
-    return method.Momentum(state["K"], state["L"]), group["momentum"]
-
-
-def _filled(basis: Tensor) -> Tensor:
-    """Which columns (n, r) of a basis are not zero; a norm is 12 times as fast as `any`."""
-    return torch.linalg.vector_norm(basis, dim=-2) > 0
-
-
-def _where(live: list[bool], new: Tensor, old: Tensor) -> Tensor:
-    """Rows of the new tensor for the layers that are live, of the old one for the others."""
-    if all(live):
-        return new
-    mask = torch.tensor(live, device=new.device).view(-1, *[1] * (new.dim() - 1))
-    return torch.where(mask, new, old)
+            self._forget()
 
 
 def _choose(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -31,7 +31,7 @@ def is_first(model: nn.Module) -> bool:
 
 
 def write(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copy whole tensors, the same in all processes, into parameters: each process its own part."""
+    """Copy whole tensors, the same in all processes, into parameters of as many numbers: each process its part."""
     parts = [_part_like(target, source) for target, source in zip(targets, sources, strict=True)]
     torch._foreach_copy_([part(target) for target in targets], parts)  # pyright: ignore[reportPrivateImportUsage]
     for target in targets:
@@ -40,6 +40,8 @@ def write(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 
 
 def _part_like(target: Tensor, source: Tensor) -> Tensor:
+    if source.shape != target.shape:  # a kernel
+        source = source.view(target.shape)
     if not is_sharded(target):
         return source
     from torch.distributed.tensor import distribute_tensor

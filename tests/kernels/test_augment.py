@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from geolora.kernels.augment import orthonormal, polish, span
+from geolora.kernels.augment import look, moved, orthonormal, polish
 from tolerances import bound, difference
 
 DTYPES = [torch.float32, torch.float64]
@@ -22,10 +22,9 @@ def normal(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> to
 
 def augmented(U: torch.Tensor, K: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The new columns of the augmented basis, and [U | new]^T K."""
-    Z, gram, C = span(U, K)
-    assert torch.equal(gram, Z.mT @ Z)
-    T = orthonormal(gram, U.shape[-1])
-    return (Z @ T)[..., U.shape[-1] :], T.mT @ C
+    seen = look(U, K)
+    T = orthonormal(seen.base, seen.new)
+    return moved(seen, U.double(), K.double(), T).mT[..., U.shape[-1] :], T.mT @ seen.seen
 
 
 def check(
@@ -123,7 +122,7 @@ def test_bf16_directions_are_taken_as_they_are() -> None:
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"`directions`.*\(20, 3\).*\(19, 3\)"):
-        span(torch.zeros(20, 3), torch.zeros(19, 3))
+        look(torch.zeros(20, 3), torch.zeros(19, 3))
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

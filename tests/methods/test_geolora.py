@@ -4,14 +4,16 @@ L(W) = ½||W - W*||² unless said otherwise, so G = W - W*.
 """
 
 import itertools
+from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import nn
 
 import reference
+from geolora.kernels.augment import Span, look, moved, together
 from geolora.kernels.tangent import project, to_dense
-from geolora.methods.geolora import Momentum, Point, Spectral, cut, gains, soft_sign, step
+from geolora.methods.geolora import Momentum, Point, force, gains, kept, soft_sign, step
 from tolerances import bound, difference
 
 D_OUT, D_IN, R = 14, 11, 4
@@ -48,22 +50,54 @@ def tangent(G: torch.Tensor, point: Point) -> Momentum:
     return Momentum(*project(G, point.U, point.V))
 
 
+def steps_of(
+    points: Sequence[Point],
+    moves: Sequence[Momentum],
+    lr: torch.Tensor,
+    cap: torch.Tensor,
+    soften: float | None = None,
+    width: int | None = None,
+) -> list[tuple[Point, Momentum]]:
+    """`step` for stacks of layers, the normalised one along the momentum itself."""
+    w = points[0].sigma.shape[-1] if width is None else width
+    sides = []
+    for basis, part in (("U", "K"), ("V", "L")):
+        pairs = [
+            (getattr(point, basis)[..., :w], getattr(M, part)[..., :w])
+            for point, M in zip(points, moves, strict=True)
+        ]
+        sides.append([(*pair, look(*pair, *pair[1:] * (soften is not None))) for pair in pairs])
+    turn = step(
+        *(together([span for *_, span in side]) for side in sides),
+        torch.cat([point.sigma[..., :w] for point in points]), lr, cap, soften,
+    )  # fmt: skip
+    count = [len(point.sigma) for point in points]
+    idle = points[0].sigma.shape[-1] - w
+    ends = []
+    for *parts, on_left, sigma, on_right in zip(
+        *sides, *(part.split(count) for part in turn), strict=True
+    ):
+        (U, K), (V, L) = (
+            (nn.functional.pad(x, (0, idle)) for x in moved(span, X, Y, on).mT.split(w, -1))
+            for (X, Y, span), on in zip(parts, (on_left, on_right), strict=True)
+        )
+        ends.append((Point(U, nn.functional.pad(sigma, (0, idle)), V), Momentum(K, L)))
+    return ends
+
+
 def one_step(
     point: Point, M: Momentum, lr: float, cap: int | None = None, soften: float | None = None
 ) -> tuple[Point, Momentum]:
     """`step` for a single layer; without a cap nothing is cut."""
     stacked = Point(*(part[None] for part in point)), Momentum(*(part[None] for part in M))
     rank = torch.tensor([point.sigma.shape[-1] if cap is None else cap])
-    spectral = None if soften is None else Spectral(stacked[1:], soften)
-    [(new, carried)] = step(
-        stacked[:1], stacked[1:], torch.tensor([lr], dtype=torch.float64), rank, spectral
-    )
+    rate = torch.tensor([lr], dtype=torch.float64)
+    [(new, carried)] = steps_of(stacked[:1], stacked[1:], rate, rank, soften)
     return Point(*(part[0] for part in new)), Momentum(*(part[0] for part in carried))
 
 
 def pruned(point: Point, rank: int) -> Point:
-    nothing = Momentum(torch.zeros_like(point.U), torch.zeros_like(point.V))
-    return cut(point, nothing, torch.tensor(rank))[0]
+    return Point(*(part * kept(point.sigma, torch.tensor(rank)) for part in point))
 
 
 def advance(point: Point, G: torch.Tensor, lr: float, **kwargs: float) -> Point:
@@ -215,11 +249,10 @@ def test_batch_equals_loop(soften: float | None) -> None:
     tall.sigma[1] = 0.0
     gradients = normal(3, D_OUT, D_IN, seed=15), normal(2, D_IN, D_OUT, seed=19)
     moves = [tangent(G, point) for G, point in zip(gradients, (tall, wide), strict=True)]
-    spectral = None if soften is None else Spectral(moves, soften)
     lr, cap = normal(5, seed=16).abs(), torch.tensor([2, 8, 1, 3, 4])
     at = 0
     for G, point, (new, carried) in zip(
-        gradients, (tall, wide), step([tall, wide], moves, lr, cap, spectral), strict=True
+        gradients, (tall, wide), steps_of([tall, wide], moves, lr, cap, soften), strict=True
     ):
         for i in range(len(G)):
             one = Point(*(part[i] for part in point))
@@ -242,9 +275,8 @@ def test_idle_slots_can_be_left_out(soften: float | None) -> None:
     lr, cap = torch.tensor([0.3], dtype=torch.float64), torch.tensor([2 * R])
     wide, far = (type(x)(*(nn.functional.pad(part, (0, 9)) for part in x)) for x in (point, M))
     stacked = [type(x)(*(part[None] for part in x)) for x in (wide, far)]
-    spectral = None if soften is None else Spectral(stacked[1:], soften)
     ends = [
-        step(stacked[:1], stacked[1:], lr, cap, spectral, width)[0] for width in (None, 2 * R, R)
+        steps_of(stacked[:1], stacked[1:], lr, cap, soften, width)[0] for width in (None, 2 * R, R)
     ]
     for new, carried in ends:
         assert new.U.shape == stacked[0].U.shape
@@ -271,15 +303,25 @@ def test_every_direction_moves_at_a_like_speed() -> None:
     assert difference(change, -0.25 * reference.projection(soft, point.U, point.V)) < LIMIT
 
 
+def looks(point: Point, M: torch.Tensor) -> list[Span]:
+    return [look(*pair) for pair in zip((point.U, point.V), tangent(M, point), strict=True)]
+
+
+def gains_at(point: Point, M: torch.Tensor) -> torch.Tensor:
+    return gains(*looks(point, M))
+
+
 def test_gains_are_those_of_the_two_parts_in_any_basis() -> None:
     point, M = start(SPECTRA["plain"]), normal(D_OUT, D_IN, seed=23)
-    found = gains(tangent(M, point))
+    found = gains_at(point, M)
     wanted = torch.linalg.svdvals(M @ point.V) + torch.linalg.svdvals(M.mT @ point.U)
     assert difference(found, wanted) < LIMIT
     turn = torch.eye(2 * R, dtype=torch.float64)
     turn[:R, :R] = torch.linalg.qr(normal(R, R, seed=24))[0]
     turned = Point(point.U @ turn, point.sigma, point.V @ turn)
-    assert difference(gains(tangent(M, turned)), wanted) < LIMIT
+    assert difference(gains_at(turned, M), wanted) < LIMIT
+    whole = to_dense(*tangent(M, point), point.U, point.V)
+    assert difference(force(*looks(point, M)), torch.linalg.matrix_norm(whole)) < LIMIT
 
 
 def test_an_empty_layer_keeps_its_probes() -> None:

@@ -1,23 +1,45 @@
 """Orthonormal augmentation of a basis by new directions (GeoLoRA, arXiv 2410.18720, Algorithm 1).
 
 The augmented basis is never formed. It is held as Z T: Z (d, 2r) is [U | K], as it comes, and T (2r, 2r)
-makes its columns orthonormal. T comes from the Gram matrix of Z alone, and whatever is done with the basis
-is done to T, so a step touches the long dimension d twice: once for the Gram matrix, once for the result.
+makes its columns orthonormal. T comes from Gram matrices alone, and whatever is done with the basis
+is done to T, so a step touches the long dimension d twice: once for the Gram matrices, once for the result.
 
-    Z, gram, C = span(U, K)    # gram = Z^T Z, C = Z^T K
-    T = orthonormal(gram, r)   # Z T = [U | U~] has orthonormal columns, or zero ones
-    R = T.mT @ C               # K = [U | U~] R
+    span = look(U, K)
+    T = orthonormal(span.base, span.new)   # Z T = [U | U~] has orthonormal columns, or zero ones
+    R = T.mT @ span.seen                   # K = [U | U~] R
 """
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from geolora.kernels.decompose import inverse_root
 
 KEEP = 8.0
 """A complement is kept when its norm exceeds KEEP * eps times the direction it comes from."""
 
 
-def span(basis: Tensor, directions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Z of the span of [U | K], whose Gram matrix tells it all; Z^T Z; and Z^T K. In float64.
+class Span(NamedTuple):
+    """Z of the span of [U | K], and what its Gram matrix holds; d does not enter any more.
+
+    Q: None where Z = [U | K]; else (*batch, d, k), for Z = [U | Q].
+    base: U^T U (*batch, r, r), float64.
+    new: Z^T Z's other columns (*batch, r + k, k), float64.
+    seen: Z^T [K | others] (*batch, r + k, k + ...), float64.
+    gram: K^T K (*batch, k, k), float64.
+    """
+
+    Q: Tensor | None
+    base: Tensor
+    new: Tensor
+    seen: Tensor
+    gram: Tensor
+
+
+def look(basis: Tensor, directions: Tensor, *others: Tensor) -> Span:
+    """The span of [U | K], and how K and other matrices lie in it.
 
     A Gram matrix squares what is small: in float64 it resolves 1e-8 of a direction, below the
     8 eps = 1e-6 that count for factors of float32. For these Z = [U | K]. With factors of
@@ -26,24 +48,22 @@ def span(basis: Tensor, directions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Args:
         basis: U, (*batch, d, r), columns orthonormal to rounding, or zero; not verified.
         directions: K, (*batch, d, k), of any length and any rank.
-
-    Returns:
-        Z (*batch, d, r + k), Z^T Z (*batch, r + k, r + k) and Z^T K (*batch, r + k, k).
+        others: (*batch, d, ...), not in the span.
 
     Raises:
         ValueError: leading dimensions or d differ.
     """
-    if basis.shape[:-1] != directions.shape[:-1]:
+    if any(matrix.shape[:-1] != basis.shape[:-1] for matrix in (directions, *others)):
         raise ValueError(
-            "span: `directions` must share all but the last dimension with `basis`; "
-            f"got basis {tuple(basis.shape)} and directions {tuple(directions.shape)}."
+            "look: `directions` must share all but the last dimension with `basis`; "
+            f"got basis {tuple(basis.shape)} and {[tuple(m.shape) for m in (directions, *others)]}."
         )
+    r, k = basis.shape[-1], directions.shape[-1]
     if torch.float64 not in (basis.dtype, directions.dtype):
-        *batch, d, r = basis.shape
-        rows = basis.new_empty((*batch, r + directions.shape[-1], d), dtype=torch.float64)
-        rows[..., :r, :], rows[..., r:, :] = basis.mT, directions.mT
-        gram = rows @ rows.mT
-        return rows.mT, gram, gram[..., r:]
+        rows = torch.cat([matrix.mT for matrix in (basis, directions, *others)], dim=-2).double()
+        gram = rows[..., : r + k, :] @ rows.mT
+        new, seen = gram[..., r : r + k], gram[..., r:]
+        return Span(None, gram[..., :r, :r], new, seen, new[..., r:, :])
     U, K = basis.double(), directions.double()
     length = torch.linalg.vector_norm(K, dim=-2, keepdim=True)
     complement = K / torch.where(length > 0, length, torch.ones_like(length))
@@ -54,22 +74,36 @@ def span(basis: Tensor, directions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     complement = torch.where(size > threshold, complement, torch.zeros_like(complement))
     Q, values, _ = torch.linalg.svd(complement, full_matrices=False)  # min(d, k) columns
     keep = values > threshold * values[..., :1].clamp(min=1.0)
-    Q = torch.nn.functional.pad(Q * keep.unsqueeze(-2), (0, K.shape[-1] - Q.shape[-1]))
-    Z = torch.cat([U, Q], dim=-1)
-    return Z, Z.mT @ Z, Z.mT @ K
+    Q = torch.nn.functional.pad(Q * keep.unsqueeze(-2), (0, k - Q.shape[-1]))
+    rows = torch.cat([U.mT, Q.mT], dim=-2)
+    seen = rows @ torch.cat([K, *(matrix.double() for matrix in others)], dim=-1)
+    return Span(Q, U.mT @ U, rows @ Q, seen, K.mT @ K)
 
 
-def orthonormal(gram: Tensor, r: int) -> Tensor:
-    """T such that Z T has orthonormal columns, or zero ones, from gram = Z^T Z with Z = [U | K].
+def together(spans: Sequence[Span]) -> Span:
+    """Spans of stacks of layers, of any d, as one of all their layers."""
+    parts = (torch.cat(part) for part in zip(*(span[1:] for span in spans), strict=True))
+    return Span(None, *parts)
+
+
+def moved(span: Span, basis: Tensor, directions: Tensor, on: Tensor) -> Tensor:
+    """(Z on)^T (*batch, ..., d), in the dtype of U, for on (*batch, r + k, ...)."""
+    second = directions if span.Q is None else span.Q
+    rows = torch.cat([basis.mT, second.mT], dim=-2)
+    return (on.mT.to(rows.dtype) @ rows).to(basis.dtype)
+
+
+def orthonormal(base: Tensor, new: Tensor) -> Tensor:
+    """T such that Z T has orthonormal columns, or zero ones, from a `Span`'s Gram matrices.
 
     The first r columns of Z T are U, its rounding polished away. The others span what K adds to U;
     where K adds nothing, or its columns repeat each other, they are exactly zero, never arbitrary.
     A part of K counts when it exceeds 8 eps(float32) of the column of K it comes from.
 
     Args:
-        gram: (*batch, r + k, r + k), float64; U^T U within 1e-2 of the identity, zeros on the
-            diagonal for columns of U or K that are zero (idle slots).
-        r: number of columns of U.
+        base: U^T U (N, r, r), float64; within 1e-2 of the identity, zeros on the diagonal for columns
+            that are zero (idle slots).
+        new: [U | K]^T K (N, r + k, k), float64.
 
     Precision:
         max|(Z T)^T Z T - diag| is below 20 eps over the square of the smallest part that is kept, at
@@ -77,21 +111,20 @@ def orthonormal(gram: Tensor, r: int) -> Tensor:
         The next step's `polish` takes it away.
 
     Cost:
-        An eigenvalue problem of (k, k) per batch member; d does not enter.
+        A triangular factor of (k, k) per layer, or an eigenvalue problem; d does not enter.
     """
     threshold = (KEEP * torch.finfo(torch.float32).eps) ** 2
-    turn = polish(gram[..., :r, :r])
-    overlap = turn.mT @ gram[..., :r, r:]
-    squares = gram.diagonal(dim1=-2, dim2=-1)[..., r:]
+    r = base.shape[-1]
+    turn = polish(base)
+    overlap = turn.mT @ new[..., :r, :]
+    gram = new[..., r:, :]
+    squares = gram.diagonal(dim1=-2, dim2=-1)
     adds = squares - overlap.square().sum(-2) > threshold * squares
     scale = torch.where(adds, squares.rsqrt(), 0.0)  # of unit columns: the rule is relative
-    S = (gram[..., r:, r:] - overlap.mT @ overlap) * (scale.unsqueeze(-1) * scale.unsqueeze(-2))
-    values, W = torch.linalg.eigh(S)
-    keep = values > threshold * values[..., -1:].clamp(min=1.0)
-    lengths = torch.where(keep, values.rsqrt(), 0.0)
-    new = W * (scale.unsqueeze(-1) * lengths.unsqueeze(-2))
-    upper = torch.cat([turn, turn @ (overlap @ -new)], dim=-1)
-    return torch.cat([upper, torch.nn.functional.pad(new, (r, 0))], dim=-2)
+    S = (gram - overlap.mT @ overlap) * (scale.unsqueeze(-1) * scale.unsqueeze(-2))
+    added = scale.unsqueeze(-1) * inverse_root(S, threshold)
+    upper = torch.cat([turn, turn @ (overlap @ -added)], dim=-1)
+    return torch.cat([upper, torch.nn.functional.pad(added, (r, 0))], dim=-2)
 
 
 def polish(gram: Tensor) -> Tensor:

@@ -11,13 +11,13 @@ Differences from the paper and the authors' code: no S^-1 anywhere, so sigma = 0
 Defaults: soften = 0.01, momentum 0.8, measured (docs/decisions.md); the paper has no adaptive step.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from geolora.kernels.augment import orthonormal, span
+from geolora.kernels.augment import KEEP, Span, orthonormal
+from geolora.kernels.decompose import eigh, leading_eigenvectors
 from geolora.kernels.tangent import core_of
 from geolora.kernels.truncate import leading, numerical_rank
 
@@ -41,98 +41,97 @@ class Momentum(NamedTuple):
     L: Tensor
 
 
-class Spectral(NamedTuple):
-    """A normalised step: tangent matrices N to look along, and the constant e of the soft sign."""
+class Turn(NamedTuple):
+    """A step in the coordinates of what was seen, for N layers: [U+ | K+] = Z left, [V+ | L+] = Z right.
 
-    ahead: Sequence[Momentum]
-    soften: float
+    left, right: (N, 2w, 2w), float64. sigma: (N, w), descending, of the factors' dtype.
+    """
+
+    left: Tensor
+    sigma: Tensor
+    right: Tensor
+
+
+def force(left: Span, right: Span) -> Tensor:
+    """||M||_F (N,), float64, of tangent matrices seen from both sides."""
+    squares = [side.gram.diagonal(dim1=-2, dim2=-1).sum(-1) for side in (left, right)]
+    r = left.base.shape[-1]
+    overlap = left.seen[..., :r, :r].square().sum((-2, -1))
+    return (squares[0] + squares[1] - overlap).clamp(min=0).sqrt()
 
 
 def step(
-    points: Sequence[Point],
-    moves: Sequence[Momentum],
-    lr: Tensor,
-    cap: Tensor,
-    spectral: Spectral | None = None,
-    width: int | None = None,
-) -> list[tuple[Point, Momentum]]:
+    left: Span, right: Span, sigma: Tensor, lr: Tensor, cap: Tensor, soften: float | None = None
+) -> Turn:
     """W+ = truncate(W - lr D) along D = M for tangent matrices M, and M carried to W+.
 
-    Before truncation the result is exactly W - lr M, of rank at most 2r. With M = P(W)G this is the
+    Before truncation the result is exactly W - lr M, of rank at most 2w. With M = P(W)G this is the
     paper's step. M is carried by orthogonal projection, P(W+)M.
 
-    With `spectral` the step is D = P(W) soft_sign(N): N is what Nesterov's rule looks ahead to, as
+    With `soften` the step is D = P(W) soft_sign(N): N is what Nesterov's rule looks ahead to, as
     far as it lies in the span of [U | K] and [V | L], and every singular value t of N becomes
     t / (t + e t_1), so that all directions move at a like speed. The soft sign alone would leave
     the tangent space; P(W) makes the lower right block of the core zero again.
 
-    Layers of one shape come as a stack; stacks of different shapes with the same number of slots
-    come together, because their 2r x 2r problems are one problem.
+    Layers of any shape with the same number of slots are one problem.
 
     Args:
-        points: the current factors, (n_i, ...) each, N layers in all.
-        moves: the tangent matrices, by their parts there.
-        lr: step sizes (N,). Unit: change of W per unit of M; with `spectral` about the spectral
+        left, right: `augment.look` at (U, K) and (V, L) of every layer, and with `soften` at the parts
+            of N too.
+        sigma: (N, w), of the factors' dtype.
+        lr: step sizes (N,), float64. Unit: change of W per unit of M; with `soften` about the spectral
             norm of the change (before P(W) exactly that, as e -> 0).
         cap: (N,) integers, the rank to keep at most.
-        spectral: None, or what makes the step a normalised one.
-        width: leading slots that are filled now or may be after the step, at most twice those filled
-            now; all others are idle and cost nothing. None for all slots.
+        soften: e, for a normalised step along what is ahead.
 
     Returns:
-        The new points, in the same slots, and the parts of P(W+)M there. Where W+ = 0 the old
-        probes are kept: without them a layer at W = 0 would never see a gradient again. Slots
-        that only had a left vector keep that one.
+        A `Turn` to w slots. Where W+ = 0 the old probes are kept: without them a layer at W = 0 would
+        never see a gradient again. Slots that only had a left vector keep that one.
 
     Precision:
-        Factors in the dtype of the points, everything between in float64. Singular values are
-        kept when they exceed eps * sigma_1 of the factors' dtype.
+        float64. Singular values are kept when they exceed eps * sigma_1 of the factors' dtype, 8 eps
+        for factors of float32.
     """
-    idle, dtype = 0, points[0].sigma.dtype
-    slots = points[0].sigma.shape[-1]
-    if width is not None and width < slots:
-        slots, idle = width, slots - width
-    bases = [point.U[..., :slots] for point in points] + [point.V[..., :slots] for point in points]
-    parts = [M.K[..., :slots] for M in moves] + [M.L[..., :slots] for M in moves]
-    spans = [span(basis, part) for basis, part in zip(bases, parts, strict=True)]
-    grams = torch.cat([gram for _, gram, _ in spans])
-    turns = orthonormal(grams, slots)  # [U | U~] = Z @ turn
-    move = core_of(*(turns.mT @ torch.cat([C for _, _, C in spans])).chunk(2))
-    along = move
-    if spectral is not None:
-        parts = [N.K[..., :slots] for N in spectral.ahead]
-        parts += [N.L[..., :slots] for N in spectral.ahead]
-        seen = [Z.mT @ part.double() for (Z, _, _), part in zip(spans, parts, strict=True)]
-        along = core_of(*(turns.mT @ torch.cat(seen)).chunk(2))
-        along = soft_sign(along, spectral.soften)
+    slots, dtype = sigma.shape[-1], sigma.dtype
+    turns = orthonormal(torch.cat([left.base, right.base]), torch.cat([left.new, right.new]))
+    parts = (turns.mT @ torch.cat([left.seen, right.seen])).split(slots, dim=-1)  # of M, and of N
+    move = along = core_of(*parts[0].chunk(2))
+    if soften is not None:
+        along = soft_sign(core_of(*parts[1].chunk(2)), soften)
         along[..., slots:, slots:] = 0
-    sigma = torch.cat([point.sigma[..., :slots] for point in points]).double()
-    core = torch.diag_embed(torch.nn.functional.pad(sigma, (0, slots)))
-    core = core - lr[:, None, None] * along
+    core = torch.diag_embed(torch.nn.functional.pad(sigma.double(), (0, slots)))
+    core = torch.addcmul(core, lr[:, None, None], along, value=-1.0)
 
-    P, values, Qt = torch.linalg.svd(core)
-    tolerance = max(torch.finfo(dtype).eps, core.shape[-1] * torch.finfo(core.dtype).eps)
+    P, values, Q, tolerance = _leading_singular(core, cap, slots, dtype)
     keep = leading(torch.minimum(numerical_rank(values, tolerance), cap), slots)
-    values = torch.nn.functional.pad((values[:, :slots] * keep).to(dtype), (0, idle))
+    values = values * keep
     # where nothing is left of W: the old right vectors, and left ones that have no right one
     old = torch.eye(2 * slots, slots, device=core.device, dtype=core.dtype)
-    alone = grams.chunk(2)[1].diagonal(dim1=-2, dim2=-1)[:, None, :slots] == 0
+    alone = right.base.diagonal(dim1=-2, dim2=-1)[:, None] == 0
     keep = keep.unsqueeze(-2)
-    P = torch.where(keep[..., :1], P[..., :slots] * keep, old * alone)
-    Q = torch.where(keep[..., :1], Qt.mT[..., :slots] * keep, old)
-    P, Q = torch.nn.functional.pad(P, (0, idle)), torch.nn.functional.pad(Q, (0, idle))
-    onto = turns @ torch.cat([torch.cat([P, Q]), torch.cat([move @ Q, move.mT @ P])], dim=-1)
-    count = [len(point.sigma) for point in points]
-    ends = [  # U+ and K+, then V+ and L+
-        [part.to(dtype).mT for part in torch.bmm(on.mT, Z.mT).split(slots + idle, dim=-2)]
-        for (Z, _, _), on in zip(spans, onto.split(count * 2), strict=True)
-    ]
-    return [
-        (Point(U, value, V), Momentum(K, L))
-        for (U, K), value, (V, L) in zip(
-            ends[: len(count)], values.split(count), ends[len(count) :], strict=True
-        )
-    ]
+    P = torch.where(keep[..., :1], P * keep, old * alone)
+    Q = torch.where(keep[..., :1], Q * keep, old)
+    onto = torch.cat([torch.cat([P, Q]), torch.cat([move @ Q, move.mT @ P])], dim=-1)
+    on = (turns @ onto).chunk(2)  # [U | U~] = Z @ turn
+    return Turn(on[0], values.to(dtype), on[1])
+
+
+def _leading_singular(
+    core: Tensor, cap: Tensor, k: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """The k largest singular values of cores (N, 2k, 2k), their vectors, and what counts as zero beside the first.
+
+    For factors of float32 from the eigenvalues of core^T core: exact in the product, since core Q Q^T is what is kept whatever the error of a value; left vectors of values of 8 eps sigma_1 are
+    orthogonal to 1e-2.
+    """
+    if dtype == torch.float64:
+        P, values, Qt = torch.linalg.svd(core)
+        least = core.shape[-1] * torch.finfo(core.dtype).eps
+        return P[..., :k], values[:, :k], Qt.mT[..., :k], least
+    squares, Q = leading_eigenvectors(core.mT @ core, cap, k)
+    values = squares.clamp(min=0).sqrt()
+    P = (core @ Q) / values.clamp(min=torch.finfo(core.dtype).tiny).unsqueeze(-2)
+    return P, values, Q, KEEP * torch.finfo(torch.float32).eps
 
 
 def shares(forces: Tensor, live: Tensor) -> Tensor:
@@ -155,15 +154,15 @@ def shares(forces: Tensor, live: Tensor) -> Tensor:
     return torch.where(size > 0, forces / size, torch.ones_like(forces))
 
 
-def gains(M: Momentum) -> Tensor:
-    """What directions are worth, (n, r) descending: how fast the loss falls along each, to first order.
+def gains(left: Span, right: Span) -> Tensor:
+    """What directions are worth, (N, w) descending: how fast the loss falls along each, to first order.
 
     A step of spectral norm 1 in all of K = M V lowers <M, W> by the sum of its singular values, and one
     in L = M^T U likewise: per direction the two together, in float64. They do not depend on the
     basis inside the subspace, nor on sigma.
     """
-    squares = torch.stack([part.double().mT @ part.double() for part in M])
-    return torch.linalg.eigvalsh(squares).clamp(min=0).sqrt().sum(0).flip(-1)
+    squares = torch.linalg.eigvalsh(torch.stack([left.gram, right.gram]))
+    return squares.clamp(min=0).sqrt().sum(0).flip(-1)
 
 
 def soft_sign(move: Tensor, soften: float) -> Tensor:
@@ -172,18 +171,16 @@ def soft_sign(move: Tensor, soften: float) -> Tensor:
     A spectral form of steepest descent: as soften -> 0 all directions move by one. With M^T M =
     W t^2 W^T it is M W (t + soften t_1)^-1 W^T: one eigenvalue problem, and no division by t.
     """
-    squares, W = torch.linalg.eigh(move.mT @ move)
+    squares, W = eigh(move.mT @ move)
     values = squares.clamp(min=0).sqrt()
     floor = soften * values[..., -1:]
     speed = torch.where(floor > 0, values + floor, torch.ones_like(values)).reciprocal()
     return move @ ((W * speed.unsqueeze(-2)) @ W.mT)
 
 
-def cut(point: Point, M: Momentum, ranks: Tensor) -> tuple[Point, Momentum]:
-    """Keep the leading ranks[...] slots of a point, and of a momentum there; the rest becomes idle.
+def kept(sigma: Tensor, ranks: Tensor) -> Tensor:
+    """Mask (N, w) of the slots that stay when sigma (N, w) is cut to ranks (N,); where W = 0 all do.
 
-    The error in W is exactly the norm of the singular values dropped. Where W = 0 nothing is cut.
+    The error in W is exactly the norm of the singular values dropped.
     """
-    keep = leading(ranks, point.sigma.shape[-1]) | (point.sigma[..., :1] == 0)
-    sigma, keep = point.sigma * keep, keep.unsqueeze(-2)
-    return Point(point.U * keep, sigma, point.V * keep), Momentum(M.K * keep, M.L * keep)
+    return leading(ranks, sigma.shape[-1]) | (sigma[..., :1] == 0)

@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from geolora.kernels.decompose import eigh
+
 RIDGE = 1e-8
 """Added to B^T B and A A^T, as the authors do: bounds how far A goes along a column of B that is small."""
 TINY = 1e-30
@@ -60,7 +62,7 @@ class Metric(NamedTuple):
 def metric(A: Tensor, B: Tensor, ridge: float = RIDGE) -> Metric:
     """The spectra at a pair, A (*batch, r, d_in) and B (*batch, d_out, r)."""
     A, B = A.double(), B.double()
-    (a, P), (b, Q) = torch.linalg.eigh(B.mT @ B), torch.linalg.eigh(A @ A.mT)
+    (a, P), (b, Q) = eigh(B.mT @ B), eigh(A @ A.mT)
     return Metric(a, P, b, Q, ridge)
 
 

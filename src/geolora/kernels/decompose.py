@@ -1,0 +1,118 @@
+"""Small symmetric problems of many layers at once: the cheapest way that keeps its promise, layer by layer.
+
+On the CPU a batch of eigenvalue problems is solved one by one, and a product of small matrices is a
+hundredth of the price: what triangular factors or a few products settle is settled so, and only the layers
+they fail for are decomposed. On other devices, where asking which layers those are would halt the
+queue, all are decomposed.
+"""
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from geolora.errors import RepairWarning
+
+
+def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (*batch, n), ascending, and eigenvectors (*batch, n, n) of positive semidefinite matrices.
+
+    A matrix whose iteration does not converge is decomposed by its singular values instead, with one
+    `RepairWarning`.
+
+    Args:
+        matrices: (*batch, n, n), symmetric positive semidefinite up to rounding, finite.
+    """
+    try:
+        return torch.linalg.eigh(matrices)
+    except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
+        warnings.warn(
+            f"geolora: an eigenvalue problem of the step did not converge ({error}); solved by "
+            "singular values. Training goes on.",
+            RepairWarning,
+            stacklevel=2,
+        )
+        each = [_one(matrix) for matrix in matrices.flatten(0, -3)]
+        values, vectors = (torch.stack(part) for part in zip(*each, strict=True))
+        return values.view(matrices.shape[:-1]), vectors.view(matrices.shape)
+
+
+def inverse_root(gram: Tensor, tolerance: float) -> Tensor:
+    """T (N, n, n) such that T^T gram T is the identity on what the columns span, and zero elsewhere.
+
+    Args:
+        gram: (N, n, n), float64, unit or zero diagonal, positive semidefinite up to rounding.
+        tolerance: eigenvalues up to this, times the largest where that is above 1, span nothing.
+
+    Precision:
+        Triangular factors are taken where every pivot exceeds 1e-3, so the defect is below 1e-9.
+    """
+    if gram.device.type != "cpu":
+        return _spectral_root(gram, tolerance)
+    there = gram.diagonal(dim1=-2, dim2=-1) > 0
+    factor, failed = torch.linalg.cholesky_ex(gram + (~there).double().diag_embed())
+    factor = factor.mT.contiguous()
+    poor = (failed != 0) | ~(factor.diagonal(dim1=-2, dim2=-1).amin(-1) > 1e-3)
+    one = torch.eye(gram.shape[-1], dtype=gram.dtype).expand_as(gram)
+    root = torch.linalg.solve_triangular(factor, one, upper=True) * there.unsqueeze(-2)
+    if bool(poor.any()):
+        root[poor] = _spectral_root(gram[poor], tolerance)
+    return root
+
+
+def _spectral_root(gram: Tensor, tolerance: float) -> Tensor:
+    values, W = eigh(gram)
+    keep = values > tolerance * values[..., -1:].clamp(min=1.0)
+    return W * torch.where(keep, values.rsqrt(), 0.0).unsqueeze(-2)
+
+
+def leading_eigenvectors(gram: Tensor, count: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest eigenvalues (N, k), descending, and their vectors (N, n, k).
+
+    Of the later ones those after the first count[...] may be zero instead. Where gram is nearly diagonal, large
+    entries first, as after a small step, three subspace iterations from the first unit vectors find
+    the space; they are taken for a layer where the last one turned it by less than 1e-5.
+
+    Args:
+        gram: (N, n, n), float64, positive semidefinite up to rounding.
+        count: (N,) integers, how many of the k are wanted.
+    """
+    if gram.device.type != "cpu":
+        return _last_of(*eigh(gram), k)
+    wanted = torch.arange(k) < count.unsqueeze(-1)
+    idle = (~wanted).double().diag_embed()
+    start = torch.eye(gram.shape[-1], k, dtype=gram.dtype)
+    poor = torch.zeros(len(gram), dtype=torch.bool)
+    before, Q = start, gram[..., :k]
+    for number in range(ITERATIONS):
+        if number:
+            before, Q = Q, gram @ Q
+        length = torch.linalg.vector_norm(Q, dim=-2)
+        scale = torch.where(wanted & (length > 0), length.reciprocal(), 0.0)
+        Q = Q * scale.unsqueeze(-2)
+        factor, failed = torch.linalg.cholesky_ex(Q.mT @ Q + idle)
+        Q = torch.linalg.solve_triangular(factor, Q.mT, upper=False).mT
+        poor |= failed != 0
+        Q = torch.where(poor[:, None, None], start, Q)
+    turned = wanted.sum(-1) - (before.mT @ Q).square().sum((-2, -1))
+    poor |= ~(turned < TURNED)
+    values, W = eigh(Q.mT @ gram @ Q)
+    values, Q = values.flip(-1), Q @ W.flip(-1)
+    if bool(poor.any()):
+        values[poor], Q[poor] = _last_of(*eigh(gram[poor]), k)
+    return values, Q
+
+
+ITERATIONS, TURNED = 3, 1e-10
+
+
+def _last_of(values: Tensor, vectors: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return values[..., -k:].flip(-1), vectors[..., -k:].flip(-1)
+
+
+def _one(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    try:
+        return torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
+        U, values, _ = torch.linalg.svd(matrix)
+        return values.flip(-1), U.flip(-1)
