@@ -17,7 +17,7 @@ MODEL = (*CORE, "methods", "pairs")
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "errors": (),
     "factors": (),
-    "kernels": ("errors", "kernels"),
+    "kernels": ("kernels",),
     "methods": CORE,
     "pairs": ("errors", "sharded"),
     "sharded": (),

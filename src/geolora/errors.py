@@ -17,7 +17,6 @@
 
     GeoloraWarning(UserWarning)
     ├── SkippedStepWarning                    a step skipped for a non-finite gradient
-    ├── RepairWarning                         a decomposition that failed and was done another way
     ├── UnpairedParametersWarning             LoRA layers left to AdamW
     ├── DataWarning                           rows of a file that are left out
     └── CheckpointWarning                     a checkpoint not used, or saved because the run is to stop
@@ -93,10 +92,6 @@ class GeoloraWarning(UserWarning):
 
 class SkippedStepWarning(GeoloraWarning):
     """A step was skipped because a gradient was not finite."""
-
-
-class RepairWarning(GeoloraWarning):
-    """A decomposition of the step failed and was done another way."""
 
 
 class UnpairedParametersWarning(GeoloraWarning):

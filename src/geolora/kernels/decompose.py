@@ -11,14 +11,12 @@ import warnings
 import torch
 from torch import Tensor
 
-from geolora.errors import RepairWarning
-
 
 def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (*batch, n), ascending, and eigenvectors (*batch, n, n) of positive semidefinite matrices.
 
     A matrix whose iteration does not converge is decomposed by its singular values instead, with one
-    `RepairWarning`.
+    `RuntimeWarning`.
 
     Args:
         matrices: (*batch, n, n), symmetric positive semidefinite up to rounding, finite.
@@ -26,13 +24,13 @@ def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
     try:
         return torch.linalg.eigh(matrices)
     except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
+        each = [_one(matrix) for matrix in matrices.reshape(-1, *matrices.shape[-2:])]
         warnings.warn(
             f"geolora: an eigenvalue problem of the step did not converge ({error}); solved by "
             "singular values. Training goes on.",
-            RepairWarning,
+            RuntimeWarning,
             stacklevel=2,
         )
-        each = [_one(matrix) for matrix in matrices.flatten(0, -3)]
         values, vectors = (torch.stack(part) for part in zip(*each, strict=True))
         return values.view(matrices.shape[:-1]), vectors.view(matrices.shape)
 
