@@ -11,7 +11,7 @@ import torch
 from record import FIGURES, write
 from torch import Tensor
 
-from geolora.kernels.augment import look, moved
+from geolora.kernels.augment import look, moved, together
 from geolora.kernels.tangent import norm, project
 from geolora.methods.geolora import step
 
@@ -56,7 +56,7 @@ def geometric(start: float, slots: int) -> dict[str, list[float]]:
         tangents.append(float(norm(K, L, U)))
         errors.append(float(G.norm()))
         left, right = look(U, K), look(V, L)
-        on_left, sigma, on_right = step(left, right, sigma, lr, cap)
+        on_left, sigma, on_right = step(together([left, right]), sigma, lr, cap)
         U = moved(left, U, K, on_left[..., :slots]).mT
         V = moved(right, V, L, on_right[..., :slots]).mT
     return {"error": errors, "tangent_gradient": tangents}

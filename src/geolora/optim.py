@@ -265,8 +265,7 @@ class GeoLoRA(torch.optim.Optimizer):
         Where A or B are no longer what we wrote (a reload, an initialiser, `prune`), the masters of
         those pairs are read from them again and their momentum is carried over.
         """
-        settled = torch.tensor(group["ranks"], device=state["sigma"].device)
-        scale = scales_of(group, state["sigma"])
+        scale, settled = self._constants(index, group, state)
         right, left = (x.diag_embed() for x in balanced_maps(state["sigma"], scale, settled))
         if self._seen.get(index) == fingerprints(group["params"]):
             return right, left
@@ -300,6 +299,17 @@ class GeoLoRA(torch.optim.Optimizer):
                     state["K"][i], state["L"][i], old_U, old_V, state["U"][i], state["V"][i]
                 )
         return right, left
+
+    def _constants(
+        self, place: int, group: dict[str, Any], state: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """LoRA's s and the settled ranks of a bucket (n,), as tensors while they stay the same."""
+        known = self._known.get(place)
+        if known is None or known[0] != group["ranks"]:
+            sigma = state["sigma"]
+            settled = torch.tensor(group["ranks"], device=sigma.device)
+            self._known[place] = known = ([*group["ranks"]], scales_of(group, sigma), settled)
+        return known[1], known[2]
 
     def _skip_non_finite(self, works: list[Work]) -> bool:
         """True, with one warning naming the layers, where a gradient is NaN or infinite."""
@@ -359,8 +369,8 @@ class GeoLoRA(torch.optim.Optimizer):
     def _weigh(self, works: list[Work]) -> None:
         """Add up what directions gain, from the growing to the judgement."""
         for work in works:
-            if by_gain(work.group) and phase_of(work.group) != "hold" and work.spans:
-                now = work.group["unit"] * method.gains(*work.both())
+            if by_gain(work.group) and phase_of(work.group) != "hold" and work.left:
+                now = work.group["unit"] * method.gains(together([*work.left, *work.right]))
                 now = nn.functional.pad(now, (0, work.slots - work.width))
                 work.state["gain"] += of_live(work.live, now, torch.zeros_like(now))
 
@@ -370,18 +380,19 @@ class GeoLoRA(torch.optim.Optimizer):
         """Solve the small problems: the new points of all buckets, capped but not yet judged."""
         going = [work for work in works if work.group["lr"] != 0.0 and any(work.live)]
         alike = by_slots(going)
-        seen = []
-        for due in alike:
-            sides = zip(*(work.both() for work in due), strict=True)
-            seen.append(tuple(together(side) for side in sides))
-        for due, (left, right), rate in zip(alike, seen, self._rates(alike, seen), strict=True):
+        seen = [
+            together(
+                [span for side in ("left", "right") for work in due for span in getattr(work, side)]
+            )
+            for due in alike
+        ]
+        for due, spans, rate in zip(alike, seen, self._rates(alike, seen), strict=True):
             caps = []
             for work in due:
                 held = phase_of(work.group) == "hold"
                 caps += work.group["ranks"] if held else [work.slots] * len(work.live)
             turn = method.step(
-                left,
-                right,
+                spans,
                 torch.cat([work.state["sigma"][:, : work.width] for work in due]),
                 rate,
                 torch.tensor(caps, device=rate.device),
@@ -392,7 +403,7 @@ class GeoLoRA(torch.optim.Optimizer):
             for work, share in zip(due, shares, strict=True):
                 work.turn = method.Turn(*share)
 
-    def _rates(self, alike: list[list[Work]], seen: list[tuple[Span, Span]]) -> list[Tensor]:
+    def _rates(self, alike: list[list[Work]], seen: list[Span]) -> list[Tensor]:
         """The step sizes of all layers, (N,) float64 for each group of buckets."""
 
         def of_layers(due: list[Work], key: str) -> Tensor:
@@ -403,20 +414,17 @@ class GeoLoRA(torch.optim.Optimizer):
         if not alike or not alike[0][0].adaptive:
             return rates
         units = [of_layers(due, "unit") for due in alike]
-        forces = [unit * method.force(*sides) for unit, sides in zip(units, seen, strict=True)]
+        forces = [unit * method.force(spans) for unit, spans in zip(units, seen, strict=True)]
         device = forces[0].device  # layers may lie on several
         live = [live for due in alike for work in due for live in work.live]
         shares = method.shares(
             torch.cat([force.to(device) for force in forces]), torch.tensor(live, device=device)
         )
-        for rate, unit, share, (_, right) in zip(
-            rates, units, shares.split([*map(len, rates)]), seen, strict=True
+        for rate, unit, share, spans, due in zip(
+            rates, units, shares.split([*map(len, rates)]), seen, alike, strict=True
         ):
-            used = (right.base.diagonal(dim1=-2, dim2=-1) > 0).sum(
-                -1
-            )  # directions, probes included
-            rate *= unit * (REFERENCE_RANK / used.clamp(min=1).double()).sqrt()
-            rate *= share.to(rate.device)
+            used = method.directions(spans, due[0].width).sum(-1).clamp(min=1).double()
+            rate *= unit * (REFERENCE_RANK / used).sqrt() * share.to(rate.device)
         return rates
 
     def _judge(self, works: list[Work]) -> None:
@@ -455,8 +463,7 @@ class GeoLoRA(torch.optim.Optimizer):
         group, params, state = work.group, work.group["params"], work.state
         state["sigma"].copy_(work.sigma())
         grows = phase_of({**group, "steps": group["steps"] + 1}) == "grow"
-        scale = scales_of(group, state["sigma"])
-        settled = torch.tensor(group["ranks"], device=scale.device)
+        scale, settled = self._constants(work.place, group, state)
         live = work.live if work.keep is None else [True] * len(work.live)
         for number, part in enumerate(work.parts):
             work.move(number, part, grows)
@@ -494,6 +501,7 @@ class GeoLoRA(torch.optim.Optimizer):
         """Look again at what is in the parameters, and at how many slots are filled."""
         self._seen: dict[int, list[tuple[int, int]]] = {}
         self._widths: dict[tuple[int, ...], int] = {}
+        self._known: dict[int, tuple[list[int], Tensor, Tensor]] = {}
 
     def _geometric(self) -> list[dict[str, Any]]:
         return [group for group in self.param_groups if group["kind"] == "geometric"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from geolora.buckets import new_probes, stacked_gradients
-from geolora.kernels.augment import Span, look, moved, together
+from geolora.kernels.augment import Span, look, moved
 from geolora.kernels.tangent import transport
 from geolora.methods import geolora as method
 from geolora.sharded import is_sharded
@@ -39,7 +39,8 @@ class Work:
         self.slots = state["V"].shape[-1]
         self.adaptive = group["moments"] == "adaptive"
         self.width = self.slots
-        self.spans: list[tuple[Span, Span]] = []
+        self.left: list[Span] = []
+        self.right: list[Span] = []
         self.moves: list[tuple[Tensor, Tensor]] = []
         self.turn: method.Turn | None = None
         self.keep: Tensor | None = None
@@ -53,6 +54,14 @@ class Work:
         if not any(map(is_sharded, self.group["params"])):
             size = max(1, PART.get(U.device.type, PART["cuda"]) // (24 * self.slots * longest))
         return [slice(at, min(count, at + size)) for at in range(0, count, size)]
+
+    def of(self, tensor: Tensor, part: slice) -> Tensor:
+        """The rows of some layers."""
+        return tensor if len(self.parts) == 1 else tensor[part]
+
+    def used(self, tensor: Tensor) -> Tensor:
+        """The slots that take part in this step."""
+        return tensor if self.width == self.slots else tensor[..., : self.width]
 
     def gradients(self, part: slice) -> tuple[Tensor, Tensor]:
         """Those of A (n, r, d_in) and B (n, d_out, r) of some layers; zero where there is none."""
@@ -72,7 +81,7 @@ class Work:
 
     def tangent(self, part: slice) -> tuple[Tensor, Tensor]:
         """The parts G V and G^T U of the tangent gradient."""
-        right, left = (side[part] for side in self.maps)
+        right, left = (self.of(side, part) for side in self.maps)
         grad_A, grad_B = self.gradients(part)
         return (right.mT @ grad_B.mT).mT, (left.mT @ grad_A).mT
 
@@ -81,7 +90,7 @@ class Work:
         live = self.live[part]
         if not any(self.live):
             return
-        right, left = (side[part] for side in self.maps)
+        right, left = (self.of(side, part) for side in self.maps)
         grad_A, grad_B = self.gradients(part)
         if shrink is not None:
             grad_A, grad_B = (grad * shrink.to(grad) for grad in (grad_A, grad_B))
@@ -94,23 +103,19 @@ class Work:
             if key not in self.state:
                 now = torch.bmm(onto, grad).mT
             else:
-                before = self.state[key][part]
+                before = self.of(self.state[key], part)
                 now = torch.baddbmm(before.mT, onto, grad, beta=beta).mT
                 if not all(live):
                     now = of_live(live, now, before)
                 if self.adaptive:  # Nesterov: the gradient + b M = (1 + b) M - b M_before
-                    others = (before.lerp(now, 1 + beta)[..., : self.width],)
+                    others = (self.used(before.lerp(now, 1 + beta)),)
                 now = before.copy_(now)
             moves.append(now)
-            w = self.width
-            spans.append(look(self.state[basis][part][..., :w], now[..., :w], *others))
+            near = self.used(self.of(self.state[basis], part))
+            spans.append(look(near, self.used(now), *others))
         self.moves.append((moves[0], moves[1]))
-        self.spans.append((spans[0], spans[1]))
-
-    def both(self) -> tuple[Span, Span]:
-        """What all layers see from the left and from the right."""
-        left, right = zip(*self.spans, strict=True)
-        return together(left), together(right)
+        self.left.append(spans[0])
+        self.right.append(spans[1])
 
     def sigma(self) -> Tensor:
         """The new singular values (n, r), as far as they are known."""
@@ -126,13 +131,15 @@ class Work:
         names = [key for key in ("U", "V", "K", "L") if key in state]
         old = [state[key][part].clone() for key in names] if grows else []
         if self.turn is not None:
-            for side, (basis, key, on) in enumerate(
-                (("U", "K", self.turn.left[part]), ("V", "L", self.turn.right[part]))
+            for far, (basis, key, on, spans) in zip(
+                self.moves[number],
+                (("U", "K", self.turn.left, self.left), ("V", "L", self.turn.right, self.right)),
+                strict=True,
             ):
-                far = self.moves[number][side][..., :w]
-                near = state[basis][part][..., :w]
+                far, near = self.used(far), self.used(self.of(state[basis], part))
+                on = self.of(on, part)
                 on = on if key in state else on[..., :w]
-                new = moved(self.spans[number][side], near, far, on).mT
+                new = moved(spans[number], near, far, on).mT
                 near.copy_(of_live(self.live[part], new[..., :w], near))
                 if key in state:
                     far.copy_(of_live(self.live[part], new[..., w:], far))

@@ -23,7 +23,7 @@ def normal(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> to
 def augmented(U: torch.Tensor, K: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The new columns of the augmented basis, and [U | new]^T K."""
     seen = look(U, K)
-    T = orthonormal(seen.base, seen.new)
+    T = orthonormal(seen.gram, U.shape[-1])
     return moved(seen, U.double(), K.double(), T).mT[..., U.shape[-1] :], T.mT @ seen.seen
 
 

@@ -68,7 +68,7 @@ def steps_of(
         ]
         sides.append([(*pair, look(*pair, *pair[1:] * (soften is not None))) for pair in pairs])
     turn = step(
-        *(together([span for *_, span in side]) for side in sides),
+        together([span for side in sides for *_, span in side]),
         torch.cat([point.sigma[..., :w] for point in points]), lr, cap, soften,
     )  # fmt: skip
     count = [len(point.sigma) for point in points]
@@ -303,12 +303,13 @@ def test_every_direction_moves_at_a_like_speed() -> None:
     assert difference(change, -0.25 * reference.projection(soft, point.U, point.V)) < LIMIT
 
 
-def looks(point: Point, M: torch.Tensor) -> list[Span]:
-    return [look(*pair) for pair in zip((point.U, point.V), tangent(M, point), strict=True)]
+def seen(point: Point, M: torch.Tensor) -> Span:
+    pairs = zip((point.U, point.V), tangent(M, point), strict=True)
+    return together([look(X[None], part[None]) for X, part in pairs])
 
 
 def gains_at(point: Point, M: torch.Tensor) -> torch.Tensor:
-    return gains(*looks(point, M))
+    return gains(seen(point, M))[0]
 
 
 def test_gains_are_those_of_the_two_parts_in_any_basis() -> None:
@@ -321,7 +322,7 @@ def test_gains_are_those_of_the_two_parts_in_any_basis() -> None:
     turned = Point(point.U @ turn, point.sigma, point.V @ turn)
     assert difference(gains_at(turned, M), wanted) < LIMIT
     whole = to_dense(*tangent(M, point), point.U, point.V)
-    assert difference(force(*looks(point, M)), torch.linalg.matrix_norm(whole)) < LIMIT
+    assert difference(force(seen(point, M))[0], torch.linalg.matrix_norm(whole)) < LIMIT
 
 
 def test_an_empty_layer_keeps_its_probes() -> None:

@@ -5,8 +5,8 @@ makes its columns orthonormal. T comes from Gram matrices alone, and whatever is
 is done to T, so a step touches the long dimension d twice: once for the Gram matrices, once for the result.
 
     span = look(U, K)
-    T = orthonormal(span.base, span.new)   # Z T = [U | U~] has orthonormal columns, or zero ones
-    R = T.mT @ span.seen                   # K = [U | U~] R
+    T = orthonormal(span.gram, r)   # Z T = [U | U~] has orthonormal columns, or zero ones
+    R = T.mT @ span.seen            # K = [U | U~] R
 """
 
 from collections.abc import Sequence
@@ -25,17 +25,15 @@ class Span(NamedTuple):
     """Z of the span of [U | K], and what its Gram matrix holds; d does not enter any more.
 
     Q: None where Z = [U | K]; else (*batch, d, k), for Z = [U | Q].
-    base: U^T U (*batch, r, r), float64.
-    new: Z^T Z's other columns (*batch, r + k, k), float64.
+    gram: Z^T Z (*batch, r + k, r + k), float64.
     seen: Z^T [K | others] (*batch, r + k, k + ...), float64.
-    gram: K^T K (*batch, k, k), float64.
+    square: K^T K (*batch, k, k), float64.
     """
 
     Q: Tensor | None
-    base: Tensor
-    new: Tensor
-    seen: Tensor
     gram: Tensor
+    seen: Tensor
+    square: Tensor
 
 
 def look(basis: Tensor, directions: Tensor, *others: Tensor) -> Span:
@@ -61,9 +59,8 @@ def look(basis: Tensor, directions: Tensor, *others: Tensor) -> Span:
     r, k = basis.shape[-1], directions.shape[-1]
     if torch.float64 not in (basis.dtype, directions.dtype):
         rows = torch.cat([matrix.mT for matrix in (basis, directions, *others)], dim=-2).double()
-        gram = rows[..., : r + k, :] @ rows.mT
-        new, seen = gram[..., r : r + k], gram[..., r:]
-        return Span(None, gram[..., :r, :r], new, seen, new[..., r:, :])
+        table = (rows[..., : r + k, :] if others else rows) @ rows.mT
+        return Span(None, table[..., : r + k], table[..., r:], table[..., r:, r : r + k])
     U, K = basis.double(), directions.double()
     length = torch.linalg.vector_norm(K, dim=-2, keepdim=True)
     complement = K / torch.where(length > 0, length, torch.ones_like(length))
@@ -77,11 +74,13 @@ def look(basis: Tensor, directions: Tensor, *others: Tensor) -> Span:
     Q = torch.nn.functional.pad(Q * keep.unsqueeze(-2), (0, k - Q.shape[-1]))
     rows = torch.cat([U.mT, Q.mT], dim=-2)
     seen = rows @ torch.cat([K, *(matrix.double() for matrix in others)], dim=-1)
-    return Span(Q, U.mT @ U, rows @ Q, seen, K.mT @ K)
+    return Span(Q, rows @ rows.mT, seen, K.mT @ K)
 
 
 def together(spans: Sequence[Span]) -> Span:
     """Spans of stacks of layers, of any d, as one of all their layers."""
+    if len(spans) == 1:
+        return spans[0]
     parts = (torch.cat(part) for part in zip(*(span[1:] for span in spans), strict=True))
     return Span(None, *parts)
 
@@ -93,17 +92,17 @@ def moved(span: Span, basis: Tensor, directions: Tensor, on: Tensor) -> Tensor:
     return (on.mT.to(rows.dtype) @ rows).to(basis.dtype)
 
 
-def orthonormal(base: Tensor, new: Tensor) -> Tensor:
-    """T such that Z T has orthonormal columns, or zero ones, from a `Span`'s Gram matrices.
+def orthonormal(gram: Tensor, r: int) -> Tensor:
+    """T such that Z T has orthonormal columns, or zero ones, from gram = Z^T Z with Z = [U | K].
 
     The first r columns of Z T are U, its rounding polished away. The others span what K adds to U;
     where K adds nothing, or its columns repeat each other, they are exactly zero, never arbitrary.
     A part of K counts when it exceeds 8 eps(float32) of the column of K it comes from.
 
     Args:
-        base: U^T U (N, r, r), float64; within 1e-2 of the identity, zeros on the diagonal for columns
-            that are zero (idle slots).
-        new: [U | K]^T K (N, r + k, k), float64.
+        gram: (N, r + k, r + k), float64; U^T U within 1e-2 of the identity, zeros on the
+            diagonal for columns of U or K that are zero (idle slots).
+        r: number of columns of U.
 
     Precision:
         max|(Z T)^T Z T - diag| is below 20 eps over the square of the smallest part that is kept, at
@@ -114,14 +113,12 @@ def orthonormal(base: Tensor, new: Tensor) -> Tensor:
         A triangular factor of (k, k) per layer, or an eigenvalue problem; d does not enter.
     """
     threshold = (KEEP * torch.finfo(torch.float32).eps) ** 2
-    r = base.shape[-1]
-    turn = polish(base)
-    overlap = turn.mT @ new[..., :r, :]
-    gram = new[..., r:, :]
-    squares = gram.diagonal(dim1=-2, dim2=-1)
+    turn = polish(gram[..., :r, :r])
+    overlap = turn.mT @ gram[..., :r, r:]
+    squares = gram.diagonal(dim1=-2, dim2=-1)[..., r:]
     adds = squares - overlap.square().sum(-2) > threshold * squares
     scale = torch.where(adds, squares.rsqrt(), 0.0)  # of unit columns: the rule is relative
-    S = (gram - overlap.mT @ overlap) * (scale.unsqueeze(-1) * scale.unsqueeze(-2))
+    S = (gram[..., r:, r:] - overlap.mT @ overlap) * (scale.unsqueeze(-1) * scale.unsqueeze(-2))
     added = scale.unsqueeze(-1) * inverse_root(S, threshold)
     upper = torch.cat([turn, turn @ (overlap @ -added)], dim=-1)
     return torch.cat([upper, torch.nn.functional.pad(added, (r, 0))], dim=-2)

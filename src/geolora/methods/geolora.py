@@ -52,17 +52,15 @@ class Turn(NamedTuple):
     right: Tensor
 
 
-def force(left: Span, right: Span) -> Tensor:
+def force(seen: Span) -> Tensor:
     """||M||_F (N,), float64, of tangent matrices seen from both sides."""
-    squares = [side.gram.diagonal(dim1=-2, dim2=-1).sum(-1) for side in (left, right)]
-    r = left.base.shape[-1]
-    overlap = left.seen[..., :r, :r].square().sum((-2, -1))
-    return (squares[0] + squares[1] - overlap).clamp(min=0).sqrt()
+    left, right = seen.square.diagonal(dim1=-2, dim2=-1).sum(-1).chunk(2)
+    w = seen.square.shape[-1]
+    overlap = seen.seen[: len(left), :w, :w].square().sum((-2, -1))
+    return (left + right - overlap).clamp(min=0).sqrt()
 
 
-def step(
-    left: Span, right: Span, sigma: Tensor, lr: Tensor, cap: Tensor, soften: float | None = None
-) -> Turn:
+def step(seen: Span, sigma: Tensor, lr: Tensor, cap: Tensor, soften: float | None = None) -> Turn:
     """W+ = truncate(W - lr D) along D = M for tangent matrices M, and M carried to W+.
 
     Before truncation the result is exactly W - lr M, of rank at most 2w. With M = P(W)G this is the
@@ -76,8 +74,8 @@ def step(
     Layers of any shape with the same number of slots are one problem.
 
     Args:
-        left, right: `augment.look` at (U, K) and (V, L) of every layer, and with `soften` at the parts
-            of N too.
+        seen: `augment.look` at (U, K) of every layer and then at (V, L) of every layer, and with `soften`
+            at the parts of N too.
         sigma: (N, w), of the factors' dtype.
         lr: step sizes (N,), float64. Unit: change of W per unit of M; with `soften` about the spectral
             norm of the change (before P(W) exactly that, as e -> 0).
@@ -93,8 +91,8 @@ def step(
         for factors of float32.
     """
     slots, dtype = sigma.shape[-1], sigma.dtype
-    turns = orthonormal(torch.cat([left.base, right.base]), torch.cat([left.new, right.new]))
-    parts = (turns.mT @ torch.cat([left.seen, right.seen])).split(slots, dim=-1)  # of M, and of N
+    turns = orthonormal(seen.gram, slots)  # [U | U~] = Z @ turn
+    parts = (turns.mT @ seen.seen).split(slots, dim=-1)  # of M, and of N
     move = along = core_of(*parts[0].chunk(2))
     if soften is not None:
         along = soft_sign(core_of(*parts[1].chunk(2)), soften)
@@ -107,12 +105,12 @@ def step(
     values = values * keep
     # where nothing is left of W: the old right vectors, and left ones that have no right one
     old = torch.eye(2 * slots, slots, device=core.device, dtype=core.dtype)
-    alone = right.base.diagonal(dim1=-2, dim2=-1)[:, None] == 0
+    alone = ~directions(seen, slots)[:, None]
     keep = keep.unsqueeze(-2)
     P = torch.where(keep[..., :1], P * keep, old * alone)
     Q = torch.where(keep[..., :1], Q * keep, old)
     onto = torch.cat([torch.cat([P, Q]), torch.cat([move @ Q, move.mT @ P])], dim=-1)
-    on = (turns @ onto).chunk(2)  # [U | U~] = Z @ turn
+    on = (turns @ onto).chunk(2)
     return Turn(on[0], values.to(dtype), on[1])
 
 
@@ -121,7 +119,8 @@ def _leading_singular(
 ) -> tuple[Tensor, Tensor, Tensor, float]:
     """The k largest singular values of cores (N, 2k, 2k), their vectors, and what counts as zero beside the first.
 
-    For factors of float32 from the eigenvalues of core^T core: exact in the product, since core Q Q^T is what is kept whatever the error of a value; left vectors of values of 8 eps sigma_1 are
+    For factors of float32 from the eigenvalues of core^T core: exact in the product, since core Q Q^T
+    is what is kept whatever the error of a value; left vectors of values of 8 eps sigma_1 are
     orthogonal to 1e-2.
     """
     if dtype == torch.float64:
@@ -130,7 +129,7 @@ def _leading_singular(
         return P[..., :k], values[:, :k], Qt.mT[..., :k], least
     squares, Q = leading_eigenvectors(core.mT @ core, cap, k)
     values = squares.clamp(min=0).sqrt()
-    P = (core @ Q) / values.clamp(min=torch.finfo(core.dtype).tiny).unsqueeze(-2)
+    P = (core @ Q) / torch.where(values > 0, values, 1.0).unsqueeze(-2)
     return P, values, Q, KEEP * torch.finfo(torch.float32).eps
 
 
@@ -154,15 +153,20 @@ def shares(forces: Tensor, live: Tensor) -> Tensor:
     return torch.where(size > 0, forces / size, torch.ones_like(forces))
 
 
-def gains(left: Span, right: Span) -> Tensor:
+def directions(seen: Span, slots: int) -> Tensor:
+    """Which slots (N, w) have a right vector, probes included."""
+    return seen.gram.diagonal(dim1=-2, dim2=-1).chunk(2)[1][:, :slots] > 0
+
+
+def gains(seen: Span) -> Tensor:
     """What directions are worth, (N, w) descending: how fast the loss falls along each, to first order.
 
     A step of spectral norm 1 in all of K = M V lowers <M, W> by the sum of its singular values, and one
     in L = M^T U likewise: per direction the two together, in float64. They do not depend on the
     basis inside the subspace, nor on sigma.
     """
-    squares = torch.linalg.eigvalsh(torch.stack([left.gram, right.gram]))
-    return squares.clamp(min=0).sqrt().sum(0).flip(-1)
+    left, right = torch.linalg.eigvalsh(seen.square).clamp(min=0).sqrt().chunk(2)
+    return (left + right).flip(-1)
 
 
 def soft_sign(move: Tensor, soften: float) -> Tensor:
