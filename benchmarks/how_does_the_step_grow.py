@@ -159,7 +159,7 @@ class Field:
     def rounds(self, seconds: float) -> None:
         """Take turns for some seconds; the first rounds, in which states are made and ranks judged, do not count."""
         names, number, end = list(self.took), 0, time.perf_counter() + seconds
-        while number < 12 or time.perf_counter() < end:
+        while number < 18 or time.perf_counter() < end:
             turn = number % len(names)
             torch._foreach_mul_(self.grads, -0.9)  # pyright: ignore[reportPrivateImportUsage]
             torch._foreach_add_(self.grads, 1e-4)  # pyright: ignore[reportPrivateImportUsage]
