@@ -675,3 +675,25 @@ def test_layers_can_be_gone_over_in_parts(
     assert ends[0][1] == ends[1][1]
     for name, value in ends[0][0].items():
         assert difference(ends[1][0][name], value) < bound(dtype, 12, factor=1e3), name
+
+
+def test_slots_are_counted_anew_after_every_judgement_whichever_layers_take_part() -> None:
+    ends = []
+    for remembers in (True, False):
+        torch.manual_seed(0)
+        model = lora_net(r=8)
+        optimizer = geolora.GeoLoRA(model, start_rank=1, tail=0.0, prune_every=6)
+        ranks = []
+        for step in range(30):
+            backward(model)
+            if step % 6 in (3, 5):  # held: one shape alone
+                for name, p in model.named_parameters():
+                    if ".down." in name:
+                        p.grad = None
+            if not remembers:
+                optimizer._forget()
+            optimizer.step()
+            ranks.append(optimizer.settled_ranks()["first"])
+        assert ranks[5] < 4 < ranks[-1], "more than what the first count holds"
+        ends.append(snapshot(model))
+    assert same(*ends)

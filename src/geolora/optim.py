@@ -1,6 +1,7 @@
 """`torch.optim.Optimizer` shells: group pairs of equal shape, stack, call a method, write back.
 
-The mathematics is in `methods/`; this file owns state, grouping and the cycle grow, judge, hold.
+The mathematics is in `methods/`, the long dimension in `work.py`; this file owns state, grouping and
+the cycle grow, judge, hold.
 
 One param group per bucket of equal shape, params [A1, B1, A2, B2, …] paired by position, so that
 whatever swaps the Parameter objects of a group is followed. The stacked masters of a bucket are the
@@ -345,15 +346,16 @@ class GeoLoRA(torch.optim.Optimizer):
         return (bound / size.clamp(min=1e-30)).clamp(max=1.0)
 
     def _width(self, due: list[Work]) -> int:
-        """Slots that may be filled after this step: those filled now, at most twice as many.
+        """Slots that may be filled after this step: twice those filled now, held layers up to their ranks.
 
-        Counting them reads from the device; while ranks are held at their caps the count stands.
+        Counting them reads from the device; while ranks are held the count stands.
         """
         places = tuple(work.place for work in due)
         held = all(phase_of(work.group) == "hold" for work in due)
-        if held and places in self._widths:
+        if not held:
+            self._widths = {}  # of all, also where other layers take part
+        elif places in self._widths:
             return self._widths[places]
-        self._widths.pop(places, None)
         slots = due[0].slots
         place = torch.arange(1, slots + 1, device=due[0].state["V"].device)
         filled = [
@@ -361,8 +363,8 @@ class GeoLoRA(torch.optim.Optimizer):
         ]
         last = max(1, int(torch.stack(filled).amax()))
         cap = max(rank for work in due for rank in work.group["ranks"]) if held else 2 * last
-        width = min(slots, even(max(last, min(2 * last, cap))))
-        if held and last >= cap:
+        width = min(slots, even(max(last, cap)))
+        if held and last <= cap:  # counted again, as after a resume, it would be the same
             self._widths[places] = width
         return width
 

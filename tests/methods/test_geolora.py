@@ -5,6 +5,7 @@ L(W) = ½||W - W*||² unless said otherwise, so G = W - W*.
 
 import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 import reference
 from geolora.kernels.augment import Span, look, moved, together
 from geolora.kernels.tangent import project, to_dense
-from geolora.methods.geolora import Momentum, Point, force, gains, kept, soft_sign, step
+from geolora.methods.geolora import force, gains, kept, soft_sign, step
 from tolerances import bound, difference
 
 D_OUT, D_IN, R = 14, 11, 4
@@ -25,6 +26,25 @@ SPECTRA = {
 }
 LRS = [0.1, 0.7, 1.0, 1.9]
 LIMIT = 1e-12
+
+
+class Point(NamedTuple):
+    """W = U diag(sigma) V^T in r slots, sigma descending.
+
+    U (n, d_out, r) and V (n, d_in, r): orthonormal columns, zero in idle slots.
+    sigma (n, r): non-negative. A slot with sigma = 0 and a column of V only is a probe.
+    """
+
+    U: torch.Tensor
+    sigma: torch.Tensor
+    V: torch.Tensor
+
+
+class Momentum(NamedTuple):
+    """A tangent matrix M by its parts K = M V (n, d_out, r) and L = M^T U (n, d_in, r)."""
+
+    K: torch.Tensor
+    L: torch.Tensor
 
 
 def normal(*shape: int, seed: int) -> torch.Tensor:

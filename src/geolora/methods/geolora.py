@@ -22,25 +22,6 @@ from geolora.kernels.tangent import core_of
 from geolora.kernels.truncate import leading, numerical_rank
 
 
-class Point(NamedTuple):
-    """W = U diag(sigma) V^T in r slots, sigma descending.
-
-    U (n, d_out, r) and V (n, d_in, r): orthonormal columns, zero in idle slots.
-    sigma (n, r): non-negative. A slot with sigma = 0 and a column of V only is a probe.
-    """
-
-    U: Tensor
-    sigma: Tensor
-    V: Tensor
-
-
-class Momentum(NamedTuple):
-    """A tangent matrix M by its parts K = M V (n, d_out, r) and L = M^T U (n, d_in, r)."""
-
-    K: Tensor
-    L: Tensor
-
-
 class Turn(NamedTuple):
     """A step in the coordinates of what was seen, for N layers: [U+ | K+] = Z left, [V+ | L+] = Z right.
 
