@@ -47,19 +47,22 @@ def to_pair(
         scale: (*batch,), LoRA's factor s = alpha / r or alpha / sqrt(r), positive.
         settled: (*batch,) integers, how many leading slots have been judged.
     """
-    on_A, on_B = _slot_sizes(sigma, scale, settled)
+    return sized(U, V, *slot_sizes(sigma, scale, settled))
+
+
+def sized(U: Tensor, V: Tensor, on_A: Tensor, on_B: Tensor) -> tuple[Tensor, Tensor]:
+    """The pair (A, B) of bases whose slots have the lengths (*batch, r) given."""
     return (V * on_A.unsqueeze(-2)).mT, U * on_B.unsqueeze(-2)
 
 
-def balanced_maps(sigma: Tensor, scale: Tensor, settled: Tensor) -> tuple[Tensor, Tensor]:
-    """Per-slot numbers (*batch, r): K = grad_B * right, L = grad_A^T * left, for `to_pair`'s form."""
-    on_A, on_B = _slot_sizes(sigma, scale, settled)
+def balanced_maps(scale: Tensor, on_A: Tensor, on_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Per-slot numbers (*batch, r) for a pair of these lengths: K = grad_B * right, L = grad_A^T * left."""
     scale = scale.unsqueeze(-1)
-    return 1.0 / (scale * on_A), 1.0 / (scale * on_B)
+    return (scale * on_A).reciprocal(), (scale * on_B).reciprocal()
 
 
-def _slot_sizes(sigma: Tensor, scale: Tensor, settled: Tensor) -> tuple[Tensor, Tensor]:
-    """Length of A's row and B's column per slot; 1 where sigma = 0 (a probe, or an idle zero)."""
+def slot_sizes(sigma: Tensor, scale: Tensor, settled: Tensor) -> tuple[Tensor, Tensor]:
+    """Length of A's row and B's column per slot (*batch, r); 1 where sigma = 0 (a probe, or an idle zero)."""
     active = sigma > 0
     root = torch.where(active, (sigma / scale.unsqueeze(-1)).sqrt(), 1.0)
     trial = torch.arange(sigma.shape[-1], device=sigma.device) >= settled.unsqueeze(-1)

@@ -11,7 +11,7 @@ state of its first parameter. Everything that must survive a checkpoint is in `s
 
 import math
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from geolora.buckets import (
     scales_of,
 )
 from geolora.errors import SettingError, SetupError, UnpairedParametersWarning, at_most_three
-from geolora.factors import balanced_maps, read_pair, slot_ranks, to_pair
+from geolora.factors import balanced_maps, read_pair, sized, slot_ranks, slot_sizes
 from geolora.finite import to_be_skipped, total
 from geolora.kernels.augment import Span, together
 from geolora.kernels.tangent import norm, transport
@@ -51,6 +51,14 @@ DEFAULT_LR = {"adaptive": 7e-3, "momentum": 1e-2, "none": 1e-1}
 SOFTEN = 0.01
 REFERENCE_RANK = 8.0
 """Rank at which an adaptive step has the size that `lr` says; elsewhere sqrt(8 / rank) of it."""
+
+
+class Seen(NamedTuple):
+    """How the factors of a bucket were left by us, and what turns their gradients into K and L, (n, r)."""
+
+    prints: list[tuple[int, int]]
+    right: Tensor
+    left: Tensor
 
 
 class GeoLoRA(torch.optim.Optimizer):
@@ -239,8 +247,7 @@ class GeoLoRA(torch.optim.Optimizer):
         self._weigh(works)
         self._turn(works)
         self._judge(works)
-        for work in works:
-            self._write(work)
+        self._write(works)
         for group in self._geometric():
             group["steps"] += 1
         for group in self._rest():
@@ -266,11 +273,15 @@ class GeoLoRA(torch.optim.Optimizer):
         Where A or B are no longer what we wrote (a reload, an initialiser, `prune`), the masters of
         those pairs are read from them again and their momentum is carried over.
         """
+        prints = fingerprints(group["params"])
+        seen = self._seen.get(index)
+        if seen is not None and seen.prints == prints:
+            return seen.right.diag_embed(), seen.left.diag_embed()
         scale, settled = self._constants(index, group, state)
-        right, left = (x.diag_embed() for x in balanced_maps(state["sigma"], scale, settled))
-        if self._seen.get(index) == fingerprints(group["params"]):
-            return right, left
-        A, B = to_pair(state["U"], state["sigma"], state["V"], scale, settled)
+        sizes = slot_sizes(state["sigma"], scale, settled)
+        maps = balanced_maps(scale, *sizes)
+        right, left = (slots.diag_embed() for slots in maps)
+        A, B = sized(state["U"], state["V"], *sizes)
         factors = [whole(p) for p in group["params"]]
         stale = [
             i
@@ -281,7 +292,7 @@ class GeoLoRA(torch.optim.Optimizer):
             )
         ]
         if not stale:
-            self._seen[index] = fingerprints(group["params"])
+            self._seen[index] = Seen(prints, *maps)
             return right, left
         self._widths = {}
         for i in stale:
@@ -458,19 +469,33 @@ class GeoLoRA(torch.optim.Optimizer):
 
     # ---- writing -------------------------------------------------------------------------------
 
-    def _write(self, work: Work) -> None:
-        """The new masters and momentum, and A and B, unless nothing moved; the long dimension again."""
-        if work.turn is None and work.keep is None:
-            return
+    def _write(self, works: list[Work]) -> None:
+        """The new masters and momentum, and A and B, where something moved."""
+        moved = [work for work in works if work.turn is not None or work.keep is not None]
+        for due in by_slots(moved):
+            counts = [len(work.live) for work in due]
+            for work in due:
+                work.state["sigma"].copy_(work.sigma())
+            constants = [self._constants(work.place, work.group, work.state) for work in due]
+            scale, settled = (torch.cat(part) for part in zip(*constants, strict=True))
+            sizes = slot_sizes(torch.cat([work.state["sigma"] for work in due]), scale, settled)
+            found = (*sizes, *balanced_maps(scale, *sizes))
+            shares = zip(*(part.split(counts) for part in found), strict=True)
+            for work, (on_A, on_B, right, left) in zip(due, shares, strict=True):
+                self._write_bucket(work, on_A, on_B)
+                if all(work.live) or work.keep is not None:
+                    self._seen[work.place] = Seen(fingerprints(work.group["params"]), right, left)
+                else:
+                    self._seen.pop(work.place, None)
+
+    def _write_bucket(self, work: Work, on_A: Tensor, on_B: Tensor) -> None:
+        """The long dimension again, of one bucket; on_A and on_B (n, r) are the lengths of the slots."""
         group, params, state = work.group, work.group["params"], work.state
-        state["sigma"].copy_(work.sigma())
         grows = phase_of({**group, "steps": group["steps"] + 1}) == "grow"
-        scale, settled = self._constants(work.place, group, state)
         live = work.live if work.keep is None else [True] * len(work.live)
         for number, part in enumerate(work.parts):
             work.move(number, part, grows)
-            U, sigma, V = (state[key][part] for key in ("U", "sigma", "V"))
-            A, B = to_pair(U, sigma, V, scale[part], settled[part])
+            A, B = sized(state["U"][part], state["V"][part], on_A[part], on_B[part])
             rows, columns = A.unbind(), B.unbind()
             targets, sources = [], []
             for i, (a, b) in enumerate(pairs_of(params[2 * part.start : 2 * part.stop])):
@@ -478,10 +503,6 @@ class GeoLoRA(torch.optim.Optimizer):
                     targets += [a, b]
                     sources += [rows[i], columns[i]]
             write(targets, sources)
-        if all(live):
-            self._seen[work.place] = fingerprints(params)
-        else:
-            self._seen.pop(work.place, None)
 
     # ---- state ---------------------------------------------------------------------------------
 
@@ -501,7 +522,7 @@ class GeoLoRA(torch.optim.Optimizer):
 
     def _forget(self) -> None:
         """Look again at what is in the parameters, and at how many slots are filled."""
-        self._seen: dict[int, list[tuple[int, int]]] = {}
+        self._seen: dict[int, Seen] = {}
         self._widths: dict[tuple[int, ...], int] = {}
         self._known: dict[int, tuple[list[int], Tensor, Tensor]] = {}
 

@@ -58,7 +58,7 @@ def look(basis: Tensor, directions: Tensor, *others: Tensor) -> Span:
         )
     r, k = basis.shape[-1], directions.shape[-1]
     if torch.float64 not in (basis.dtype, directions.dtype):
-        rows = torch.cat([matrix.mT for matrix in (basis, directions, *others)], dim=-2).double()
+        rows = _rows(basis, directions, *others)
         table = (rows[..., : r + k, :] if others else rows) @ rows.mT
         return Span(None, table[..., : r + k], table[..., r:], table[..., r:, r : r + k])
     U, K = basis.double(), directions.double()
@@ -75,6 +75,16 @@ def look(basis: Tensor, directions: Tensor, *others: Tensor) -> Span:
     rows = torch.cat([U.mT, Q.mT], dim=-2)
     seen = rows @ torch.cat([K, *(matrix.double() for matrix in others)], dim=-1)
     return Span(Q, rows @ rows.mT, seen, K.mT @ K)
+
+
+def _rows(*matrices: Tensor) -> Tensor:
+    """The columns of matrices (*batch, d, ...) as rows, in float64."""
+    *batch, d, _ = matrices[0].shape
+    widths = [matrix.shape[-1] for matrix in matrices]
+    rows = matrices[0].new_empty((*batch, sum(widths), d), dtype=torch.float64)
+    for place, matrix in zip(rows.split(widths, dim=-2), matrices, strict=True):
+        place.copy_(matrix.mT)
+    return rows
 
 
 def together(spans: Sequence[Span]) -> Span:

@@ -79,21 +79,17 @@ def leading_eigenvectors(gram: Tensor, count: Tensor, k: int) -> tuple[Tensor, T
         return _last_of(*eigh(gram), k)
     wanted = torch.arange(k) < count.unsqueeze(-1)
     idle = (~wanted).double().diag_embed()
-    start = torch.eye(gram.shape[-1], k, dtype=gram.dtype)
-    poor = torch.zeros(len(gram), dtype=torch.bool)
-    before, Q = start, gram[..., :k]
+    before = Q = gram[..., :k] * wanted.unsqueeze(-2)
+    failures = []
     for number in range(ITERATIONS):
         if number:
             before, Q = Q, gram @ Q
-        length = torch.linalg.vector_norm(Q, dim=-2)
-        scale = torch.where(wanted & (length > 0), length.reciprocal(), 0.0)
-        Q = Q * scale.unsqueeze(-2)
-        factor, failed = torch.linalg.cholesky_ex(Q.mT @ Q + idle)
+        factor, failed = torch.linalg.cholesky_ex(torch.baddbmm(idle, Q.mT, Q))
         Q = torch.linalg.solve_triangular(factor, Q.mT, upper=False).mT
-        poor |= failed != 0
-        Q = torch.where(poor[:, None, None], start, Q)
+        failures.append(failed)
     turned = wanted.sum(-1) - (before.mT @ Q).square().sum((-2, -1))
-    poor |= ~(turned < TURNED)
+    poor = (sum(failures) != 0) | ~(turned < TURNED)
+    Q = torch.where(poor[:, None, None], 0.0, Q)
     values, W = eigh(Q.mT @ gram @ Q)
     values, Q = values.flip(-1), Q @ W.flip(-1)
     if bool(poor.any()):
