@@ -42,16 +42,18 @@ def masters(optimizer: geolora.GeoLoRA, group: int = 0) -> dict[str, torch.Tenso
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0])
-@pytest.mark.parametrize("start", ["stock", "general"])
+@pytest.mark.parametrize("start", ["stock", "general", "scattered"])
 def test_t1_one_step_of_a_peft_layer_is_w_minus_lr_pg(scale: float, start: str) -> None:
     """Through autograd, from B = 0 (one-sided, T8) and from any A, B in any gauge (T7)."""
     layer = OneLayer(r=8, scale=scale)
     with torch.no_grad():
         if start == "general":  # rank 4 in 8 rows, so that nothing is cut by the number of slots
             layer.A[4:], layer.B.data[:, :4] = 0.0, torch.randn(14, 4)
+        if start == "scattered":  # rank 2 in slots 2 and 6
+            layer.A[[0, 1, 3, 4, 5, 7]], layer.B.data[:, 2::4] = 0.0, torch.randn(14, 2)
     W = layer.W
     G = layer.gradient(W)
-    U = torch.linalg.qr(layer.B[:, :4].detach())[0] if start == "general" else W[:, :0]
+    U = torch.linalg.qr(layer.B[:, layer.B.any(0)].detach())[0]
     V = torch.linalg.qr(layer.A[layer.A.any(1)].detach().mT)[0]
     optimizer = geolora.GeoLoRA(layer.model, lr=0.3, moments="none", tail=0.0, prune_every=1)
     layer.backward()
@@ -675,6 +677,55 @@ def test_layers_can_be_gone_over_in_parts(
     assert ends[0][1] == ends[1][1]
     for name, value in ends[0][0].items():
         assert difference(ends[1][0][name], value) < bound(dtype, 12, factor=1e3), name
+
+
+@pytest.mark.parametrize("moments", MOMENTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_layers_with_few_slots_in_use_go_apart(
+    moments: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers of one shape and rank 1 or 9 in turn, one of them without a gradient in some steps."""
+    generator = torch.Generator().manual_seed(0)
+    true = [
+        torch.randn(24, k, generator=generator) @ torch.randn(k, 24, generator=generator) / 24
+        for k in (9, 1, 9, 1, 2)
+    ]
+    base = nn.Sequential(*(nn.Linear(24, 24, bias=False) for _ in true))
+    config = LoraConfig(r=12, lora_alpha=12, target_modules=list("01234"))
+    seen, ends = set(), []
+    for worth in (10**9, 0):  # never, always
+        monkeypatch.setattr(work, "GROUP", worth)
+        torch.manual_seed(0)
+        model = get_peft_model(copy.deepcopy(base), config).to(dtype)
+        optimizer = geolora.GeoLoRA(
+            model, lr=LR[moments], moments=moments, prune_every=10, tail=0.3
+        )
+        found = pairs_of(model)
+        for step in range(25):
+            for place, (_, A, B, scale) in enumerate(found):
+                G = scale * B.detach() @ A.detach() - true[place].to(dtype)
+                A.grad, B.grad = scale * B.detach().mT @ G, scale * G @ A.detach().mT
+                if place == step % 7:
+                    A.grad = B.grad = None
+            optimizer.step()
+            widths = next(iter(optimizer._widths.values()), None)
+            if widths is not None and not worth:
+                seen.add(len(set(widths)))
+        ends.append((products(model), optimizer.settled_ranks()))
+    assert max(seen) > 1, "two numbers of slots in a step"
+    assert ends[0][1] == ends[1][1]
+    assert max(ends[0][1].values()) > 4 >= sorted(ends[0][1].values())[1]
+    limit = 1e-5 if dtype == torch.float32 else 1e-10  # a soft sign carries rounding on
+    for name, value in ends[0][0].items():
+        assert difference(ends[1][0][name], value) < limit, name
+
+
+def test_the_cheapest_numbers_of_slots_are_taken() -> None:
+    assert work.widths_of([16] * 36, 16) == [16] * 36
+    assert work.widths_of([3] * 30 + [16], 16) == [4] * 30 + [16], "30 x (256 - 16) > 1,200"
+    assert work.widths_of([3] * 4 + [16], 16) == [16] * 5, "4 x 240 < 1,200"
+    assert work.widths_of([2] * 9 + [7] * 9 + [30], 30) == [8] * 18 + [30]
+    assert work.widths_of([5], 6) == [6], "never more than there are"
 
 
 def test_slots_are_counted_anew_after_every_judgement_whichever_layers_take_part() -> None:

@@ -43,8 +43,8 @@ from geolora.pairs import (
     unpaired_lora_layers,
 )
 from geolora.rest import SETTINGS, adamw_step, rest_groups
-from geolora.sharded import whole, write
-from geolora.work import Work, by_slots, even, filled_columns, of_live
+from geolora.sharded import whole
+from geolora.work import Part, Work, by_slots, by_width, filled_slots, of_live, widths_of
 
 MOMENTS = ("adaptive", "momentum", "none")
 DEFAULT_LR = {"adaptive": 7e-3, "momentum": 1e-2, "none": 1e-1}
@@ -241,6 +241,7 @@ class GeoLoRA(torch.optim.Optimizer):
             for index, group in enumerate(self._geometric())
             if (work := self._begin(index, group)) is not None
         ]
+        self._divide(works)
         if self._skip_non_finite(works):
             return
         self._see(works)
@@ -263,12 +264,13 @@ class GeoLoRA(torch.optim.Optimizer):
         state = self.state[group["params"][0]]
         if not state:
             make_masters(self.state, group)
-        return Work(index, group, state, live, self._maps(index, group, state))
+        maps, fresh = self._maps(index, group, state)
+        return Work(index, group, state, live, maps, fresh)
 
     def _maps(
         self, index: int, group: dict[str, Any], state: dict[str, Any]
-    ) -> tuple[Tensor, Tensor]:
-        """What turns factor gradients into K and L: matrices (n, r, r).
+    ) -> tuple[tuple[Tensor, Tensor], bool]:
+        """What turns factor gradients into K and L: matrices (n, r, r), and whether they are not all diagonal.
 
         Where A or B are no longer what we wrote (a reload, an initialiser, `prune`), the masters of
         those pairs are read from them again and their momentum is carried over.
@@ -276,7 +278,7 @@ class GeoLoRA(torch.optim.Optimizer):
         prints = fingerprints(group["params"])
         seen = self._seen.get(index)
         if seen is not None and seen.prints == prints:
-            return seen.right.diag_embed(), seen.left.diag_embed()
+            return (seen.right.diag_embed(), seen.left.diag_embed()), False
         scale, settled = self._constants(index, group, state)
         sizes = slot_sizes(state["sigma"], scale, settled)
         maps = balanced_maps(scale, *sizes)
@@ -293,7 +295,7 @@ class GeoLoRA(torch.optim.Optimizer):
         ]
         if not stale:
             self._seen[index] = Seen(prints, *maps)
-            return right, left
+            return (right, left), False
         self._widths = {}
         for i in stale:
             refuse_unreachable(group["layers"][i], *factors[2 * i : 2 * i + 2])
@@ -310,7 +312,7 @@ class GeoLoRA(torch.optim.Optimizer):
                 state["K"][i], state["L"][i] = transport(
                     state["K"][i], state["L"][i], old_U, old_V, state["U"][i], state["V"][i]
                 )
-        return right, left
+        return (right, left), True
 
     def _constants(
         self, place: int, group: dict[str, Any], state: dict[str, Any]
@@ -333,15 +335,46 @@ class GeoLoRA(torch.optim.Optimizer):
 
     # ---- seeing --------------------------------------------------------------------------------
 
+    def _divide(self, works: list[Work]) -> None:
+        """Say how many slots every layer takes in this step, of which there may be one or a few numbers."""
+        for due in by_slots(works):
+            widths = self._widths_of(due)
+            for work in due:
+                work.divide(widths[: len(work.live)])
+                widths = widths[len(work.live) :]
+
+    def _widths_of(self, due: list[Work]) -> list[int]:
+        """Slots of all layers that may be filled after this step: twice those filled now; held, up to the rank.
+
+        Counting them reads from the device; while ranks are held the count stands.
+        """
+        places = tuple(work.place for work in due)
+        held = all(phase_of(work.group) == "hold" for work in due)
+        if not held:
+            self._widths = {}  # of all, also where other layers take part
+        elif places in self._widths:
+            return self._widths[places]
+        filled = [
+            torch.maximum(filled_slots(work.state["U"]), filled_slots(work.state["V"]))
+            for work in due
+        ]
+        last = torch.cat(filled).clamp(min=1).tolist()
+        caps = [rank for work in due for rank in work.group["ranks"]]
+        if not held:
+            caps = [2 * slots for slots in last]
+        needed = [min(due[0].slots, max(both)) for both in zip(last, caps, strict=True)]
+        apart = due[0].state["V"].device.type == "cpu" and not any(work.sharded for work in due)
+        widths = widths_of(needed if apart else [max(needed)] * len(needed), due[0].slots)
+        if held and needed == caps:  # counted again, as after a resume, it would be the same
+            self._widths[places] = widths
+        return widths
+
     def _see(self, works: list[Work]) -> None:
         """Move the momentum on, and see it from where the layers are; the long dimension, once."""
         shrink = self._shrink(works)
-        for due in by_slots(works):
-            width = self._width(due)
-            for work in due:
-                work.width = width
-                for part in work.parts:
-                    work.see(part, shrink)
+        for work in works:
+            for part in work.parts:
+                work.see(part, shrink)
 
     def _shrink(self, works: list[Work]) -> Tensor | None:
         """What the gradients are multiplied by where their joint tangent norm exceeds max_tangent_norm."""
@@ -352,91 +385,65 @@ class GeoLoRA(torch.optim.Optimizer):
         for work in works:
             for part in work.parts:
                 K, L = work.tangent(part)
-                squares.append(norm(K, L, work.state["U"][part]).square().sum())
+                squares.append(norm(K, L, work.rows("U", part, work.slots).mT).square().sum())
         size = torch.stack([s.to(squares[0].device) for s in squares]).sum().sqrt()
         return (bound / size.clamp(min=1e-30)).clamp(max=1.0)
-
-    def _width(self, due: list[Work]) -> int:
-        """Slots that may be filled after this step: twice those filled now, held layers up to their ranks.
-
-        Counting them reads from the device; while ranks are held the count stands.
-        """
-        places = tuple(work.place for work in due)
-        held = all(phase_of(work.group) == "hold" for work in due)
-        if not held:
-            self._widths = {}  # of all, also where other layers take part
-        elif places in self._widths:
-            return self._widths[places]
-        slots = due[0].slots
-        place = torch.arange(1, slots + 1, device=due[0].state["V"].device)
-        filled = [
-            (filled_columns(work.state[key]) * place).amax() for work in due for key in ("U", "V")
-        ]
-        last = max(1, int(torch.stack(filled).amax()))
-        cap = max(rank for work in due for rank in work.group["ranks"]) if held else 2 * last
-        width = min(slots, even(max(last, cap)))
-        if held and last <= cap:  # counted again, as after a resume, it would be the same
-            self._widths[places] = width
-        return width
 
     def _weigh(self, works: list[Work]) -> None:
         """Add up what directions gain, from the growing to the judgement."""
         for work in works:
-            if by_gain(work.group) and phase_of(work.group) != "hold" and work.left:
-                now = work.group["unit"] * method.gains(together([*work.left, *work.right]))
-                now = nn.functional.pad(now, (0, work.slots - work.width))
-                work.state["gain"] += of_live(work.live, now, torch.zeros_like(now))
+            if not by_gain(work.group) or phase_of(work.group) == "hold" or not any(work.live):
+                continue
+            for part in work.parts:
+                now = work.group["unit"] * method.gains(of_sides([part]))
+                now = of_live(work.live_of(part), now, torch.zeros_like(now))
+                work.state["gain"][part.at, : part.width] += now
 
     # ---- moving --------------------------------------------------------------------------------
 
     def _turn(self, works: list[Work]) -> None:
         """Solve the small problems: the new points of all buckets, capped but not yet judged."""
         going = [work for work in works if work.group["lr"] != 0.0 and any(work.live)]
-        alike = by_slots(going)
-        seen = [
-            together(
-                [span for side in ("left", "right") for work in due for span in getattr(work, side)]
-            )
-            for due in alike
-        ]
+        alike = by_width(going)
+        seen = [of_sides([part for _, part in due]) for due in alike]
         for due, spans, rate in zip(alike, seen, self._rates(alike, seen), strict=True):
             caps = []
-            for work in due:
+            for work, part in due:
                 held = phase_of(work.group) == "hold"
-                caps += work.group["ranks"] if held else [work.slots] * len(work.live)
+                caps += [work.group["ranks"][at] if held else work.slots for at in part.layers]
             turn = method.step(
                 spans,
-                torch.cat([work.state["sigma"][:, : work.width] for work in due]),
+                torch.cat([work.state["sigma"][part.at][:, : part.width] for work, part in due]),
                 rate,
                 torch.tensor(caps, device=rate.device),
-                SOFTEN if due[0].adaptive else None,
+                SOFTEN if due[0][0].adaptive else None,
             )
-            counts = [len(work.live) for work in due]
-            shares = zip(*(part.split(counts) for part in turn), strict=True)
-            for work, share in zip(due, shares, strict=True):
-                work.turn = method.Turn(*share)
+            counts = [len(part.layers) for _, part in due]
+            shares = zip(*(tensor.split(counts) for tensor in turn), strict=True)
+            for (_, part), share in zip(due, shares, strict=True):
+                part.turn = method.Turn(*share)
 
-    def _rates(self, alike: list[list[Work]], seen: list[Span]) -> list[Tensor]:
-        """The step sizes of all layers, (N,) float64 for each group of buckets."""
+    def _rates(self, alike: list[list[tuple[Work, Part]]], seen: list[Span]) -> list[Tensor]:
+        """The step sizes of all layers, (N,) float64 for each group of parts."""
 
-        def of_layers(due: list[Work], key: str) -> Tensor:
-            values = [work.group[key] for work in due for _ in work.live]
-            return torch.tensor(values, dtype=torch.float64, device=due[0].state["sigma"].device)
+        def of_layers(due: list[tuple[Work, Part]], key: str) -> Tensor:
+            values = [work.group[key] for work, part in due for _ in part.layers]
+            return torch.tensor(values, dtype=torch.float64, device=due[0][0].state["sigma"].device)
 
         rates = [of_layers(due, "lr") for due in alike]
-        if not alike or not alike[0][0].adaptive:
+        if not alike or not alike[0][0][0].adaptive:
             return rates
         units = [of_layers(due, "unit") for due in alike]
         forces = [unit * method.force(spans) for unit, spans in zip(units, seen, strict=True)]
         device = forces[0].device  # layers may lie on several
-        live = [live for due in alike for work in due for live in work.live]
+        live = [live for due in alike for work, part in due for live in work.live_of(part)]
         shares = method.shares(
             torch.cat([force.to(device) for force in forces]), torch.tensor(live, device=device)
         )
         for rate, unit, share, spans, due in zip(
             rates, units, shares.split([*map(len, rates)]), seen, alike, strict=True
         ):
-            used = method.directions(spans, due[0].width).sum(-1).clamp(min=1).double()
+            used = method.directions(spans, due[0][1].width).sum(-1).clamp(min=1).double()
             rate *= unit * (REFERENCE_RANK / used).sqrt() * share.to(rate.device)
         return rates
 
@@ -471,7 +478,7 @@ class GeoLoRA(torch.optim.Optimizer):
 
     def _write(self, works: list[Work]) -> None:
         """The new masters and momentum, and A and B, where something moved."""
-        moved = [work for work in works if work.turn is not None or work.keep is not None]
+        moved = [work for work in works if work.changes()]
         for due in by_slots(moved):
             counts = [len(work.live) for work in due]
             for work in due:
@@ -482,27 +489,13 @@ class GeoLoRA(torch.optim.Optimizer):
             found = (*sizes, *balanced_maps(scale, *sizes))
             shares = zip(*(part.split(counts) for part in found), strict=True)
             for work, (on_A, on_B, right, left) in zip(due, shares, strict=True):
-                self._write_bucket(work, on_A, on_B)
+                grows = phase_of({**work.group, "steps": work.group["steps"] + 1}) == "grow"
+                for part in work.parts:
+                    work.write(part, on_A, on_B, grows)
                 if all(work.live) or work.keep is not None:
                     self._seen[work.place] = Seen(fingerprints(work.group["params"]), right, left)
                 else:
                     self._seen.pop(work.place, None)
-
-    def _write_bucket(self, work: Work, on_A: Tensor, on_B: Tensor) -> None:
-        """The long dimension again, of one bucket; on_A and on_B (n, r) are the lengths of the slots."""
-        group, params, state = work.group, work.group["params"], work.state
-        grows = phase_of({**group, "steps": group["steps"] + 1}) == "grow"
-        live = work.live if work.keep is None else [True] * len(work.live)
-        for number, part in enumerate(work.parts):
-            work.move(number, part, grows)
-            A, B = sized(state["U"][part], state["V"][part], on_A[part], on_B[part])
-            rows, columns = A.unbind(), B.unbind()
-            targets, sources = [], []
-            for i, (a, b) in enumerate(pairs_of(params[2 * part.start : 2 * part.stop])):
-                if live[part.start + i]:
-                    targets += [a, b]
-                    sources += [rows[i], columns[i]]
-            write(targets, sources)
 
     # ---- state ---------------------------------------------------------------------------------
 
@@ -523,7 +516,7 @@ class GeoLoRA(torch.optim.Optimizer):
     def _forget(self) -> None:
         """Look again at what is in the parameters, and at how many slots are filled."""
         self._seen: dict[int, Seen] = {}
-        self._widths: dict[tuple[int, ...], int] = {}
+        self._widths: dict[tuple[int, ...], list[int]] = {}
         self._known: dict[int, tuple[list[int], Tensor, Tensor]] = {}
 
     def _geometric(self) -> list[dict[str, Any]]:
@@ -539,6 +532,11 @@ class GeoLoRA(torch.optim.Optimizer):
         super().add_param_group(param_group)
         if "_seen" not in self.__dict__:
             self._forget()
+
+
+def of_sides(parts: list[Part]) -> Span:
+    """What the parts have seen from the left and then from the right, as one."""
+    return together([part.sides[side] for side in (0, 1) for part in parts])
 
 
 def _choose(name: str, value: str, choices: tuple[str, ...]) -> None:
