@@ -722,8 +722,8 @@ def test_layers_with_few_slots_in_use_go_apart(
 
 def test_the_cheapest_numbers_of_slots_are_taken() -> None:
     assert work.widths_of([16] * 36, 16) == [16] * 36
-    assert work.widths_of([3] * 30 + [16], 16) == [4] * 30 + [16], "30 x (256 - 16) > 1,200"
-    assert work.widths_of([3] * 4 + [16], 16) == [16] * 5, "4 x 240 < 1,200"
+    assert work.widths_of([3] * 30 + [16], 16) == [4] * 30 + [16], "30 x (256 - 16) > 2,500"
+    assert work.widths_of([3] * 4 + [16], 16) == [16] * 5, "4 x 240 < 2,500"
     assert work.widths_of([2] * 9 + [7] * 9 + [30], 30) == [8] * 18 + [30]
     assert work.widths_of([5], 6) == [6], "never more than there are"
 

@@ -413,7 +413,12 @@ class GeoLoRA(torch.optim.Optimizer):
                 caps += [work.group["ranks"][at] if held else work.slots for at in part.layers]
             turn = method.step(
                 spans,
-                torch.cat([work.state["sigma"][part.at][:, : part.width] for work, part in due]),
+                torch.cat(
+                    [
+                        work.first(work.of(work.state["sigma"], part), part.width)
+                        for work, part in due
+                    ]
+                ),
                 rate,
                 torch.tensor(caps, device=rate.device),
                 SOFTEN if due[0][0].adaptive else None,

@@ -21,15 +21,16 @@ from geolora.sharded import is_sharded, write
 PART = {"cpu": 1 << 22, "cuda": 1 << 28}
 """Bytes in float64 of what the layers of one part see: what the cache holds, or what a launch is worth."""
 
-GROUP = 1200
+GROUP = 2500
 """Squares of slots, over all layers, that an own group of layers must save: what its calls cost on a CPU."""
 
 
 class Part:
     """Layers of a bucket that go through a step together, each with `width` slots."""
 
-    def __init__(self, layers: list[int], width: int, device: torch.device) -> None:
-        self.layers, self.width = layers, width
+    def __init__(self, layers: list[int], width: int, count: int, device: torch.device) -> None:
+        """`layers` of the `count` of a bucket."""
+        self.layers, self.width, self.all = layers, width, len(layers) == count
         neighbours = layers[-1] - layers[0] == len(layers) - 1
         self.index = None if neighbours else torch.tensor(layers, device=device)
         self.at = slice(layers[0], layers[-1] + 1) if self.index is None else self.index
@@ -78,7 +79,7 @@ class Work:
         for layer, width in enumerate(widths):
             layers[width].append(layer)
         self.parts = [
-            Part(same[at : at + size], width, U.device)
+            Part(same[at : at + size], width, len(widths), U.device)
             for width, same in layers.items()
             for size in [len(same) if self.sharded else max(1, room // width)]
             for at in range(0, len(same), size)
@@ -86,16 +87,24 @@ class Work:
 
     def rows(self, key: str, part: Part, width: int) -> Tensor:
         """Slots (n, width, d) of some layers of U, V, K or L: a view where they are neighbours, else a copy."""
-        stack = self.state[key].mT[:, :width]
-        return stack[part.at] if part.index is None else stack.index_select(0, part.index)
+        stack = self.first(self.state[key].mT, width)
+        return self.of(stack, part) if part.index is None else stack.index_select(0, part.index)
 
     def put(self, key: str, part: Part, rows: Tensor) -> None:
         """Write what `rows` gave."""
-        stack = self.state[key].mT[:, : rows.shape[1]]
+        stack = self.first(self.state[key].mT, rows.shape[1])
         if part.index is None:
-            stack[part.at].copy_(rows)
+            self.of(stack, part).copy_(rows)
         else:
             stack.index_copy_(0, part.index, rows)
+
+    def of(self, tensor: Tensor, part: Part) -> Tensor:
+        """What of a tensor (n, ...) is of some layers."""
+        return tensor if part.all else tensor[part.at]
+
+    def first(self, tensor: Tensor, slots: int) -> Tensor:
+        """The first slots of a tensor (n, r, ...)."""
+        return tensor if slots == self.slots else tensor[:, :slots]
 
     def live_of(self, part: Part) -> list[bool]:
         """Which layers of a part have a gradient."""
@@ -119,7 +128,7 @@ class Work:
 
     def tangent(self, part: Part) -> tuple[Tensor, Tensor]:
         """The parts G V and G^T U of the tangent gradient."""
-        right, left = (side[part.at] for side in self.maps)
+        right, left = (self.of(side, part) for side in self.maps)
         grad_A, grad_B = self.gradients(part)
         return (right.mT @ grad_B.mT).mT, (left.mT @ grad_A).mT
 
@@ -129,14 +138,14 @@ class Work:
             return
         live, beta, width = self.live_of(part), self.group["momentum"], part.width
         inputs = self.slots if self.fresh else width  # of slots not in use the gradient is zero
-        right, left = (side[part.at][:, :inputs, :width] for side in self.maps)
+        right, left = (self.of(self.first(side, inputs), part)[..., :width] for side in self.maps)
         grad_A, grad_B = self.gradients(part)
         if shrink is not None:
             grad_A, grad_B = (grad * shrink.to(grad) for grad in (grad_A, grad_B))
         spans = []
         for key, basis, onto, grad in (
-            ("K", "U", right.mT, grad_B.mT[:, :inputs]),
-            ("L", "V", left.mT, grad_A[:, :inputs]),
+            ("K", "U", right.mT, self.first(grad_B.mT, inputs)),
+            ("L", "V", left.mT, self.first(grad_A, inputs)),
         ):
             others = ()
             if key not in self.state:
@@ -160,7 +169,8 @@ class Work:
         sigma = self.state["sigma"].clone()
         for part in self.parts:
             if part.turn is not None:
-                now = of_live(self.live_of(part), part.turn.sigma, sigma[part.at][:, : part.width])
+                before = self.first(self.of(sigma, part), part.width)
+                now = of_live(self.live_of(part), part.turn.sigma, before)
                 sigma[part.at, : part.width] = now
         return sigma if self.keep is None else sigma * self.keep
 
@@ -176,7 +186,7 @@ class Work:
             self._move(part, part.turn)
         if self.keep is not None:
             for key in names:
-                kept = self.keep[part.at].unsqueeze(-1)
+                kept = self.of(self.keep, part).unsqueeze(-1)
                 self.put(key, part, self.rows(key, part, self.slots) * kept)
         if grows:
             self._probe(part, old)
@@ -184,7 +194,7 @@ class Work:
         whole = self.fresh or grows or self.sharded or self.keep is not None
         width = self.slots if whole else part.width
         U, V = (self.rows(key, part, width).mT for key in ("U", "V"))
-        A, B = sized(U, V, on_A[part.at][:, :width], on_B[part.at][:, :width])
+        A, B = sized(U, V, *(self.first(self.of(size, part), width) for size in (on_A, on_B)))
         targets, sources = [], []
         for layer, a, b in zip(part.layers, A.unbind(), B.unbind(), strict=True):
             if self.live[layer] or self.keep is not None:
@@ -243,8 +253,8 @@ def by_width(works: list[Work]) -> list[list[tuple[Work, Part]]]:
 def widths_of(needed: Sequence[int], slots: int) -> list[int]:
     """How many slots each layer takes, given how many it needs: the most any needs, a half or a quarter of it.
 
-    The small problems of a layer cost some 7e-4 ms times the square of its slots, and the calls for all of
-    one width 0.8 ms: the cheapest choice is taken.
+    A layer costs some 7e-4 ms times the square of its slots, or more where it is wide, and the calls for one
+    more width twice 0.8 ms: the cheapest choice is taken.
     """
     full = min(slots, even(max(needed)))
     lower = [part for part in sorted({even(-(-full // share)) for share in (2, 4)}) if part < full]
