@@ -178,17 +178,13 @@ class Field:
             torch.cuda.synchronize()
         return 1e3 * (time.perf_counter() - begin)
 
-    def rounds(self, seconds: float) -> None:
-        """Take turns for some seconds; the first rounds, in which states are made and ranks judged, do not count."""
-        names, number, end = list(self.took), 0, time.perf_counter() + seconds
-        while number < 18 or time.perf_counter() < end:
-            turn = number % len(names)
-            torch._foreach_mul_(self.grads, -0.9)  # pyright: ignore[reportPrivateImportUsage]
-            torch._foreach_add_(self.grads, 1e-4)  # pyright: ignore[reportPrivateImportUsage]
-            for name in names[turn:] + names[:turn]:
-                self.took[name].append(self.step(name))
-            number += 1
-        self.took = {name: times[6:] for name, times in self.took.items()}
+    def round(self, number: int) -> None:
+        """A step of every contestant, in an order that rotates."""
+        names, turn = list(self.took), number % len(self.took)
+        torch._foreach_mul_(self.grads, -0.9)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_add_(self.grads, 1e-4)  # pyright: ignore[reportPrivateImportUsage]
+        for name in names[turn:] + names[:turn]:
+            self.took[name].append(self.step(name))
 
     def calls(self, name: str) -> dict[str, int]:
         """Operators dispatched in a step; on CUDA also kernels and waits of the host."""
@@ -213,6 +209,17 @@ class Field:
         return counted
 
 
+def compete(fields: list[Field], seconds: float) -> None:
+    """Take turns for some seconds; the first rounds, in which states are made and ranks judged, do not count."""
+    number, end = 0, time.perf_counter() + seconds
+    while number < 18 or time.perf_counter() < end:
+        for field in fields:
+            field.round(number)
+        number += 1
+    for field in fields:
+        field.took = {name: times[6:] for name, times in field.took.items()}
+
+
 def spread(values: list[float]) -> list[float]:
     """Lower quartile, median, upper quartile."""
     return [round(v, 4) for v in quantiles(values, n=4)]
@@ -225,7 +232,7 @@ def measure(
     numbers = r * sum(map(sum, shapes))
     few = numbers > LONG / 2 or as_found
     field = Field(shapes, r, list(FEW if few else makers(device)), device, as_found)
-    field.rounds(seconds)
+    compete([field], seconds)
     rows: dict[str, Any] = {}
     speed = 28 * field.numbers / (median(field.took["AdamW fused"]) / 1e3)  # bytes per second
     for who, times in field.took.items():
@@ -251,8 +258,7 @@ def growth(device: str) -> dict[str, Any]:
         ("rank", (16, 32, 64, 128), lambda r: ([(1024, 1024)] * 16, r)),
     ):
         fields = [Field(*shape(value), ["GeoLoRA adaptive"], device) for value in values]
-        for field in fields:
-            field.rounds(4.0)
+        compete(fields, 16.0)
         times = [median(field.took["GeoLoRA adaptive"]) for field in fields]
         x, y = [math.log(v) for v in values[-3:]], [math.log(t) for t in times[-3:]]
         mx, my = sum(x) / 3, sum(y) / 3

@@ -666,14 +666,23 @@ def test_import_is_light_and_step_has_no_side_effect_on_gradients() -> None:
 def test_layers_can_be_gone_over_in_parts(
     moments: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ends = []
-    for size in (1 << 22, 1):  # all layers of a shape at once, each for itself
+    ends, parts = [], set()
+    divide = work.Work.divide
+
+    def counted(self: work.Work, widths: list[int]) -> None:
+        divide(self, widths)
+        parts.add((len(widths), len(self.parts)))
+
+    monkeypatch.setattr(work.Work, "divide", counted)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    for size in (1 << 21, 1):  # all layers of a shape at once, each for itself
         monkeypatch.setitem(work.PART, "cpu", size)
         torch.manual_seed(0)
         model = lora_net(dtype=dtype)
         optimizer = geolora.GeoLoRA(model, moments=moments, prune_every=6, max_tangent_norm=0.5)
         train(model, optimizer, 20, dtype=dtype)
         ends.append((snapshot(model), optimizer.settled_ranks()))
+    assert parts == {(1, 1), (2, 1), (2, 2)}
     assert ends[0][1] == ends[1][1]
     for name, value in ends[0][0].items():
         assert difference(ends[1][0][name], value) < bound(dtype, 12, factor=1e3), name

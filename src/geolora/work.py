@@ -18,8 +18,8 @@ from geolora.kernels.tangent import transport
 from geolora.methods import geolora as method
 from geolora.sharded import is_sharded, write
 
-PART = {"cpu": 1 << 22, "cuda": 1 << 28}
-"""Bytes in float64 of what the layers of one part see: what the cache holds, or what a launch is worth."""
+PART = {"cpu": 1 << 21, "cuda": 1 << 28}
+"""Bytes in float64 of what the layers of one part see: what a core's cache holds, or what a launch is worth."""
 
 GROUP = 2500
 """Squares of slots, over all layers, that an own group of layers must save: what its calls cost on a CPU."""
@@ -73,15 +73,17 @@ class Work:
     def divide(self, widths: list[int]) -> None:
         """Into parts, given how many slots every layer takes."""
         U, V = self.state["U"], self.state["V"]
+        # a product of a batch of matrices is shared out to the cores matrix by matrix
+        cores = torch.get_num_threads() if U.device.type == "cpu" else 1
         room = PART.get(U.device.type, PART["cuda"]) // (24 * max(U.shape[1], V.shape[1]))
-        self._keeps_gradients = self.sharded or self.slots * len(widths) <= room
+        self._keeps_gradients = self.sharded or self.slots * len(widths) <= cores * room
         layers: dict[int, list[int]] = defaultdict(list)
         for layer, width in enumerate(widths):
             layers[width].append(layer)
         self.parts = [
             Part(same[at : at + size], width, len(widths), U.device)
             for width, same in layers.items()
-            for size in [len(same) if self.sharded else max(1, room // width)]
+            for size in [len(same) if self.sharded else cores * max(1, room // width)]
             for at in range(0, len(same), size)
         ]
 
