@@ -403,6 +403,28 @@ def test_layers_never_used_count_in_the_budget_but_not_more_than_they_hold() -> 
     assert min(geolora.ranks(model).values()) == 1
 
 
+def test_slots_are_counted_once_while_ranks_are_held_also_beside_layers_never_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = lora_net(r=8)
+    optimizer = geolora.GeoLoRA(model, prune_every=12, tail=0.3)
+    steps = set()
+    count = work.filled_slots
+
+    def counted(basis: torch.Tensor) -> torch.Tensor:
+        steps.add(optimizer.param_groups[0]["steps"])
+        return count(basis)
+
+    monkeypatch.setattr("geolora.optim.filled_slots", counted)
+    for _ in range(12):
+        backward(model)
+        for name, p in model.named_parameters():
+            if ".second." in name:
+                p.grad = None
+        optimizer.step()
+    assert steps == {0, 1, 2, 3}, "grow, grow, judge, and the first that holds"
+
+
 def test_training_lowers_the_loss_and_the_head_is_trained() -> None:
     for moments in MOMENTS:
         torch.manual_seed(0)
@@ -717,9 +739,8 @@ def test_layers_with_few_slots_in_use_go_apart(
                 if place == step % 7:
                     A.grad = B.grad = None
             optimizer.step()
-            widths = next(iter(optimizer._widths.values()), None)
-            if widths is not None and not worth:
-                seen.add(len(set(widths)))
+            for _, widths in optimizer._widths.values():
+                seen.add(len(set(widths)) if not worth else 1)
         ends.append((products(model), optimizer.settled_ranks()))
     assert max(seen) > 1, "two numbers of slots in a step"
     assert ends[0][1] == ends[1][1]

@@ -346,14 +346,16 @@ class GeoLoRA(torch.optim.Optimizer):
     def _widths_of(self, due: list[Work]) -> list[int]:
         """Slots of all layers that may be filled after this step: twice those filled now; held, up to the rank.
 
-        Counting them reads from the device; while ranks are held the count stands.
+        Layers without a gradient need none. Counting reads from the device; while ranks are held the count
+        stands.
         """
+        live = [live for work in due for live in work.live]
         places = tuple(work.place for work in due)
         held = all(phase_of(work.group) == "hold" for work in due)
         if not held:
             self._widths = {}  # of all, also where other layers take part
-        elif places in self._widths:
-            return self._widths[places]
+        elif (known := self._widths.get(places)) and known[0] == live:
+            return known[1]
         filled = [
             torch.maximum(filled_slots(work.state["U"]), filled_slots(work.state["V"]))
             for work in due
@@ -362,11 +364,15 @@ class GeoLoRA(torch.optim.Optimizer):
         caps = [rank for work in due for rank in work.group["ranks"]]
         if not held:
             caps = [2 * slots for slots in last]
-        needed = [min(due[0].slots, max(both)) for both in zip(last, caps, strict=True)]
+        bounds = [
+            (slots, cap) if on else (1, 1) for on, slots, cap in zip(live, last, caps, strict=True)
+        ]
+        needed = [min(due[0].slots, max(bound)) for bound in bounds]
         apart = due[0].state["V"].device.type == "cpu" and not any(work.sharded for work in due)
         widths = widths_of(needed if apart else [max(needed)] * len(needed), due[0].slots)
-        if held and needed == caps:  # counted again, as after a resume, it would be the same
-            self._widths[places] = widths
+        if held and needed == [cap for _, cap in bounds]:
+            # counted again, as after a resume, it would be the same
+            self._widths[places] = live, widths
         return widths
 
     def _see(self, works: list[Work]) -> None:
@@ -521,7 +527,7 @@ class GeoLoRA(torch.optim.Optimizer):
     def _forget(self) -> None:
         """Look again at what is in the parameters, and at how many slots are filled."""
         self._seen: dict[int, Seen] = {}
-        self._widths: dict[tuple[int, ...], list[int]] = {}
+        self._widths: dict[tuple[int, ...], tuple[list[bool], list[int]]] = {}
         self._known: dict[int, tuple[list[int], Tensor, Tensor]] = {}
 
     def _geometric(self) -> list[dict[str, Any]]:
