@@ -31,7 +31,7 @@ from geolora.buckets import (
 from geolora.errors import SettingError, SetupError, UnpairedParametersWarning, at_most_three
 from geolora.factors import balanced_maps, read_pair, sized, slot_ranks, slot_sizes
 from geolora.finite import to_be_skipped, total
-from geolora.kernels.augment import Span, together
+from geolora.kernels.augment import Span
 from geolora.kernels.tangent import norm, transport
 from geolora.kernels.truncate import settled_ranks
 from geolora.methods import geolora as method
@@ -44,7 +44,16 @@ from geolora.pairs import (
 )
 from geolora.rest import SETTINGS, adamw_step, rest_groups
 from geolora.sharded import whole
-from geolora.work import Part, Work, by_slots, by_width, filled_slots, of_live, widths_of
+from geolora.work import (
+    Part,
+    Work,
+    by_slots,
+    by_width,
+    filled_slots,
+    of_live,
+    of_sides,
+    widths_of,
+)
 
 MOMENTS = ("adaptive", "momentum", "none")
 DEFAULT_LR = {"adaptive": 7e-3, "momentum": 1e-2, "none": 1e-1}
@@ -543,11 +552,6 @@ class GeoLoRA(torch.optim.Optimizer):
         super().add_param_group(param_group)
         if "_seen" not in self.__dict__:
             self._forget()
-
-
-def of_sides(parts: list[Part]) -> Span:
-    """What the parts have seen from the left and then from the right, as one."""
-    return together([part.sides[side] for side in (0, 1) for part in parts])
 
 
 def _choose(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from geolora.buckets import new_probes, pairs_of, stacked_gradients
 from geolora.factors import sized
-from geolora.kernels.augment import Span, look, moved
+from geolora.kernels.augment import Span, look, moved, together
 from geolora.kernels.tangent import transport
 from geolora.methods import geolora as method
 from geolora.sharded import is_sharded, write
 
 PART = {"cpu": 1 << 21, "cuda": 1 << 28}
-"""Bytes in float64 of what the layers of one part see: what a core's cache holds, or what a launch is worth."""
+"""Bytes in float64 of what the layers of one part see: what the cache holds for each core, or what a launch is worth."""
 
 GROUP = 2500
 """Squares of slots, over all layers, that an own group of layers must save: what its calls cost on a CPU."""
@@ -34,6 +34,8 @@ class Part:
         neighbours = layers[-1] - layers[0] == len(layers) - 1
         self.index = None if neighbours else torch.tensor(layers, device=device)
         self.at = slice(layers[0], layers[-1] + 1) if self.index is None else self.index
+        self.gradients: tuple[Tensor, Tensor] | None = None
+        """Those of A and B, where they are few enough to be kept."""
         self.sides: list[Span] = []
         """What was seen from the left and from the right."""
         self.turn: method.Turn | None = None
@@ -67,7 +69,6 @@ class Work:
         self.sharded = any(map(is_sharded, group["params"]))
         self.parts: list[Part] = []
         self.keep: Tensor | None = None
-        self._gradients: dict[Part, tuple[Tensor, Tensor]] = {}
         self._keeps_gradients = False
 
     def divide(self, widths: list[int]) -> None:
@@ -114,12 +115,12 @@ class Work:
 
     def gradients(self, part: Part) -> tuple[Tensor, Tensor]:
         """Those of A (n, r, d_in) and B (n, d_out, r) of some layers; zero where there is none."""
-        if part in self._gradients:
-            return self._gradients[part]
+        if part.gradients is not None:
+            return part.gradients
         chosen = [factor for layer in part.layers for factor in self.pairs[layer]]
         found = stacked_gradients(chosen, self.state["U"].dtype)
         if self._keeps_gradients:
-            self._gradients[part] = found
+            part.gradients = found
         return found
 
     def all_gradients(self) -> Iterable[Tensor]:
@@ -183,7 +184,10 @@ class Work:
             on_A, on_B: (n, r), lengths of the slots of all layers.
         """
         names = [key for key in ("U", "V", "K", "L") if key in self.state]
-        old = {key: self.rows(key, part, self.slots).clone() for key in names} if grows else {}
+        moves_on = (
+            grows and "K" in self.state
+        )  # momentum along a new direction is taken from where it was
+        old = {key: self.rows(key, part, self.slots).clone() for key in names if moves_on}
         if part.turn is not None:
             self._move(part, part.turn)
         if self.keep is not None:
@@ -226,30 +230,35 @@ class Work:
         if self.keep is None:
             slot = of_live(self.live_of(part), slot, torch.zeros_like(slot))
         self.put("V", part, (V + omega * slot).mT)
-        if old.keys() >= {"K", "L"}:
+        if old:
             K, L, before_U, before_V = (old[key].mT for key in ("K", "L", "U", "V"))
             along, _ = transport(K, L, before_U, before_V, U[..., :0], omega)
             now = self.rows("K", part, self.slots)
             self.put("K", part, now + (along * slot).mT)
 
 
+def of_sides(parts: list[Part]) -> Span:
+    """What the parts have seen from the left and then from the right, as one."""
+    return together([part.sides[side] for side in (0, 1) for part in parts])
+
+
 def by_slots(works: list[Work]) -> list[list[Work]]:
     """Buckets with as many slots, of one dtype, on one device."""
-    together: dict[Any, list[Work]] = defaultdict(list)
+    alike: dict[Any, list[Work]] = defaultdict(list)
     for work in works:
         sigma = work.state["sigma"]
-        together[work.slots, sigma.dtype, sigma.device].append(work)
-    return list(together.values())
+        alike[work.slots, sigma.dtype, sigma.device].append(work)
+    return list(alike.values())
 
 
 def by_width(works: list[Work]) -> list[list[tuple[Work, Part]]]:
     """Parts of buckets whose small problems are one: as many slots in use, one dtype, one device."""
-    together: dict[Any, list[tuple[Work, Part]]] = defaultdict(list)
+    alike: dict[Any, list[tuple[Work, Part]]] = defaultdict(list)
     for work in works:
         sigma = work.state["sigma"]
         for part in work.parts:
-            together[part.width, sigma.dtype, sigma.device].append((work, part))
-    return list(together.values())
+            alike[part.width, sigma.dtype, sigma.device].append((work, part))
+    return list(alike.values())
 
 
 def widths_of(needed: Sequence[int], slots: int) -> list[int]:
