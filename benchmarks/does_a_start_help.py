@@ -35,10 +35,10 @@ from torch import Tensor, nn
 
 import geolora
 from geolora.cli.demo import model_folder
-from geolora.pairs import find_pairs
-from geolora.tasks.data import read_rows
+from geolora.pairs.find import find_pairs
 from geolora.tasks.metrics import score
-from geolora.tasks.order import batch_order
+from geolora.tasks.rows import read_rows
+from geolora.training.batch_order import batch_order
 
 NAME = "does_a_start_help"
 RANK = 8

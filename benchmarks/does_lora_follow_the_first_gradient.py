@@ -22,7 +22,7 @@ from record import FIGURES, write
 from torch import Tensor
 
 import geolora
-from geolora.pairs import find_pairs
+from geolora.pairs.find import find_pairs
 
 NAME = "does_lora_follow_the_first_gradient"
 EVERY = 5

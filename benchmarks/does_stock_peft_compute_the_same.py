@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import geolora
 from geolora.cli.demo import model_folder
-from geolora.tasks.docstrings import docstring_themes
+from geolora.cli.demo_texts import docstring_themes
 
 STEPS, BATCH = 26, 16
 

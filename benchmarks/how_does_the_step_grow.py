@@ -37,7 +37,7 @@ from record import FIGURES, RESULTS, write
 from torch import Tensor, nn
 
 import geolora
-from geolora.pairs import find_pairs
+from geolora.pairs.find import find_pairs
 
 Shapes = list[tuple[int, int]]
 """(d_out, d_in) of every pair."""

@@ -20,9 +20,9 @@ from does_a_start_help import METHODS, adapted, first_of, look_at, task_of
 from record import RESULTS, write
 
 import geolora
-from geolora.buckets import new_groups
 from geolora.methods import lora_one
-from geolora.pairs import Pair, find_pairs
+from geolora.optim.buckets import new_groups
+from geolora.pairs.find import Pair, find_pairs
 
 NAME = "how_large_should_a_start_be"
 NORMS = [0.05 * 2.0**power for power in range(-5, 5)]

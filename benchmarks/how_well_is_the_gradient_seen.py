@@ -27,9 +27,9 @@ from record import write
 from torch import Tensor, nn
 
 import geolora
-from geolora import gradient_pass
 from geolora.cli.demo import model_folder
-from geolora.pairs import find_pairs
+from geolora.pairs.find import find_pairs
+from geolora.starts import gradient_pass
 
 TARGETS = r".*encoder\.layer\.\d+\..*(query|key|value|dense)"
 RANK, ROWS, TOKENS, ROUNDS = 8, 64, 64, 5

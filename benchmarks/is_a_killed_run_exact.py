@@ -27,13 +27,13 @@ import torch
 from record import write
 from safetensors.torch import load_file
 
-from geolora import optim
 from geolora.cli.demo import model_folder
-from geolora.tasks import training as task
-from geolora.tasks.config import TrainConfig
-from geolora.tasks.docstrings import docstring_themes
+from geolora.cli.demo_texts import docstring_themes
+from geolora.optim import geolora as optim
+from geolora.settings.train_config import TrainConfig
 from geolora.tasks.task import Data
 from geolora.tasks.text_classification import labelled_texts
+from geolora.training import run as task
 
 STEPS, EVERY = 52, 4
 

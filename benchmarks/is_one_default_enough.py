@@ -11,11 +11,11 @@ import json
 import re
 import sys
 
+from geolora.comparing.plan import Cell, read_plan
+from geolora.comparing.summary import summarise
 from geolora.report.comparison import figures, table
-from geolora.tasks.checkpoints import write_json
-from geolora.tasks.plan import Cell, read_plan
-from geolora.tasks.summary import summarise
-from geolora.tasks.training import load
+from geolora.training.checkpoints import write_json
+from geolora.training.run import load
 
 NAME = re.compile(r"([^/]+)/([^/]+)/lr-([^/]+)/seed-(\d+)\.json$")
 

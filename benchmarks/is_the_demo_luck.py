@@ -17,10 +17,10 @@ from typing import Any
 from record import write
 
 from geolora.cli.demo import MAX_LENGTH, RUNS, model_folder
-from geolora.tasks.config import TrainConfig
-from geolora.tasks.docstrings import docstring_themes
+from geolora.cli.demo_texts import docstring_themes
+from geolora.settings.train_config import TrainConfig
 from geolora.tasks.text_classification import labelled_texts
-from geolora.tasks.training import train
+from geolora.training.run import train
 
 STEPS = 300
 SEEDS = (0, 1, 2)

@@ -29,9 +29,9 @@ from record import write
 from torch import Tensor, nn
 
 import geolora
-from geolora.buckets import phase_of
 from geolora.cli.demo import model_folder
-from geolora.pairs import find_pairs
+from geolora.optim.buckets import phase_of
+from geolora.pairs.find import find_pairs
 
 CYCLE, WARM_UP = 25, 3
 TARGETS = r".*encoder\.layer\.\d+\..*(query|key|value|dense)"

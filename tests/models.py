@@ -111,7 +111,7 @@ class OneLayer:
 
 
 def pairs_of(model: nn.Module) -> list[tuple[str, nn.Parameter, nn.Parameter, float]]:
-    from geolora.pairs import find_pairs
+    from geolora.pairs.find import find_pairs
 
     return [(pair.name, pair.A, pair.B, pair.scale) for pair in find_pairs(model)]
 

@@ -5,10 +5,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from geolora.tasks.config import TrainConfig
+from geolora.comparing.plan import Cell
+from geolora.comparing.summary import summarise
+from geolora.settings.train_config import TrainConfig
 from geolora.tasks.metrics import score
-from geolora.tasks.plan import Cell
-from geolora.tasks.summary import summarise
 
 NASTY = """<script>alert("1")</script> & 'x' $a$"""
 WITHOUT_END = {"meta", "link", "img", "br"}

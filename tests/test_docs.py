@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import geolora
 from geolora.cli.__main__ import build_parser
 from geolora.methods import METHODS
-from geolora.tasks import peers
-from geolora.tasks.config import TrainConfig, check
+from geolora.settings.train_config import TrainConfig, check
+from geolora.training import recipes as peers
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -67,7 +67,9 @@ def test_every_flag_they_name_exists() -> None:
 
 def test_every_task_and_method_is_described() -> None:
     text = " ".join(PAGES.values())
-    assert [task for task in geolora.tasks.config.TASKS if f"`--task {task}`" not in text] == []
+    assert [
+        task for task in geolora.settings.train_config.TASKS if f"`--task {task}`" not in text
+    ] == []
     table = PAGES["methods.md"]
     for name, method in METHODS.items():
         assert method.arxiv in table
@@ -110,7 +112,7 @@ def test_the_first_example_is_that_of_the_readme() -> None:
 
 
 def test_comparisons_can_be_planned(tmp_path: Path) -> None:
-    from geolora.tasks.plan import read_plan
+    from geolora.comparing.plan import read_plan
 
     blocks = re.findall(r"```yaml\n(.*?)```", "".join(PAGES.values()), re.DOTALL)
     plans = [block for block in blocks if "\nmethods:" in block]

@@ -18,12 +18,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import geolora
+from geolora.comparing.plan import read_plan
 from geolora.errors import GeoloraError
-from geolora.tasks import training
-from geolora.tasks.checkpoints import flaw, latest, seal
-from geolora.tasks.config import TrainConfig, check
-from geolora.tasks.plan import read_plan
-from geolora.tasks.strict_yaml import read_yaml, settings_of, written
+from geolora.settings.strict_yaml import read_yaml, settings_of, written
+from geolora.settings.train_config import TrainConfig, check
+from geolora.training import run as training
+from geolora.training.checkpoints import flaw, latest, seal
 from models import lora_net
 
 LIMITS = {

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,89 +11,208 @@ import pytest
 import geolora
 
 SRC = Path(geolora.__file__).parent
-KERNELS = ("kernels",)
-CORE = ("errors", "factors", *KERNELS)
-MODEL = (*CORE, "methods", "pairs")
 
-MAY_IMPORT: dict[str, tuple[str, ...]] = {
-    "errors": (),
-    "factors": (),
-    "kernels": ("kernels",),
-    "methods": CORE,
-    "pairs": ("errors", "sharded"),
-    "sharded": (),
-    "buckets": ("errors", "pairs", "sharded"),
-    "rest": (),
-    "finite": ("errors",),
-    "work": (*MODEL, "buckets", "sharded"),
-    "optim": (*MODEL, "buckets", "finite", "rest", "sharded", "work"),
-    "relatives": (*MODEL, "buckets", "finite", "rest", "relatives", "sharded"),
-    "adapter": (*CORE, "pairs", "sharded"),
-    "folders": ("errors", "pairs", "adapter"),
-    "gradient_pass": (*CORE, "pairs"),
-    "size": ("errors", "gradient_pass", "pairs"),
-    "initialize": (*MODEL, "folders", "gradient_pass", "size"),
-    "saved": (*CORE, "pairs", "adapter", "folders"),
-    "trainer": (*MODEL, "optim", "relatives"),
-    "tasks": (*MODEL, "optim", "initialize", "adapter", "saved", "trainer", "tasks"),
-    "report": ("report",),
-    "cli": (*MODEL, "optim", "adapter", "saved", "trainer", "tasks", "report", "cli"),
-}
-"""Part of the package → the parts it may import; nothing else of ours."""
+TABLE = """
+    adapters.export            :  errors kernels pairs
+    adapters.read              : errors pairs adapters.export
+    adapters.verify            : errors kernels pairs adapters.export adapters.read
+    cli.__main__               :  errors tasks cli.compare cli.demo cli.export cli.inspect cli.plot cli.train cli.verify
+    cli.compare                : comparing report training cli.plot
+    cli.demo                   : errors report settings tasks training cli.demo_texts
+    cli.demo_texts             : errors
+    cli.export                 : adapters training
+    cli.inspect                : adapters errors report
+    cli.plot                   : errors report tasks training
+    cli.train                  : processes settings training cli.plot
+    cli.verify                 : adapters
+    comparing.plan             : errors settings
+    comparing.run              : errors processes settings tasks training comparing.plan comparing.summary
+    comparing.summary          : tasks comparing.plan
+    errors                     :
+    kernels.augment            : kernels.decompose
+    kernels.decompose          :
+    kernels.sketch             :
+    kernels.solve              :
+    kernels.tangent            :
+    kernels.truncate           :
+    methods                    : methods.geolora methods.lora_ga methods.lora_one methods.lora_pro methods.lora_sb methods.rac_lora methods.riemannian
+    methods.geolora            : kernels
+    methods.lora_ga            :
+    methods.lora_one           :
+    methods.lora_pro           : kernels
+    methods.lora_sb            :
+    methods.rac_lora           :
+    methods.riemannian         : kernels
+    optim.adamw                :
+    optim.base                 : errors pairs optim.adamw optim.buckets optim.nonfinite
+    optim.bucket_step          : kernels methods pairs optim.buckets
+    optim.buckets              : errors pairs
+    optim.geolora              : errors kernels methods pairs optim.adamw optim.bucket_step optim.buckets optim.nonfinite
+    optim.lora_pro             : methods pairs optim.base optim.buckets
+    optim.lora_sb              : errors methods pairs optim.base optim.buckets
+    optim.nonfinite            : errors
+    optim.rac_lora             : errors methods pairs optim.adamw optim.base optim.buckets
+    optim.riemannian           : methods pairs optim.base
+    pairs.find                 : errors pairs.sharded
+    pairs.point                :
+    pairs.sharded              :
+    processes                  :
+    report.blocks              :
+    report.comparison          : report.figures report.inline report.layout report.panels
+    report.figures             : report.layout
+    report.inline              : report.blocks
+    report.layout              :
+    report.pages               : report.blocks report.figures report.inline report.panels
+    report.panels              : report.figures
+    report.shape               :
+    report.text                : report.layout
+    settings.strict_yaml       : errors tasks
+    settings.train_config      : errors processes tasks training
+    starts.gradient_pass       : errors kernels pairs
+    starts.gradient_state      : adapters errors kernels methods pairs starts.gradient_pass starts.step_length
+    starts.step_length         : errors pairs starts.gradient_pass
+    tasks.causal_lm            : errors processes settings tasks.rows tasks.task tasks.tokenizers
+    tasks.image_classification : errors settings tasks.rows tasks.task tasks.text_classification
+    tasks.metrics              :
+    tasks.rows                 : errors
+    tasks.task                 : errors processes settings tasks.rows
+    tasks.text_classification  : settings tasks.rows tasks.task tasks.tokenizers
+    tasks.token_classification : errors settings tasks.rows tasks.task tasks.tokenizers
+    tasks.tokenizers           : errors settings
+    trainer                    : errors optim
+    training.batch_order       :
+    training.checkpoints       : errors processes
+    training.output_folder     : errors
+    training.peak_memory       :
+    training.recipes           : adapters errors pairs settings starts trainer
+    training.run               :  errors processes settings tasks trainer training.batch_order training.checkpoints training.output_folder training.peak_memory training.recipes
+"""
+"""Module : what it may import of ours: whole rooms (folders, or files at the top), and files of its own room.
+
+Every import counts, also one in a function, under TYPE_CHECKING or in quotes of `importlib`'s. The face,
+`geolora/__init__.py`, is imported by nobody here.
+"""
 
 OTHERS = {
+    "errors": set(),
     "kernels": {"torch"},
     "methods": {"torch"},
-    "factors": {"torch"},
-    "errors": set(),
-    "buckets": {"torch"},
-    "finite": {"torch"},
-    "rest": {"torch"},
-    "sharded": {"torch"},
-    "work": {"torch"},
     "optim": {"torch"},
-    "relatives": {"torch"},
+    "pairs": {"torch", "peft"},
 }
-"""What the numerical parts may import from other packages, beside the standard library."""
-
-FILES = sorted(
-    path for path in SRC.rglob("*.py") if path.parent != SRC or path.name != "__init__.py"
-)
+"""What the numerical rooms may import from other packages, beside the standard library."""
 
 
-def imports(path: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "absolute imports only"
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+def name_of(path: Path, src: Path = SRC) -> str:
+    """`kernels.augment`; a room's own name for its `__init__`, "" for the face."""
+    parts = path.relative_to(src).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def table() -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for line in TABLE.strip().splitlines():
+        name, _, allowed = line.partition(":")
+        assert name.strip() not in found, f"{name.strip()} has two rows"
+        found[name.strip()] = set(allowed.split())
     return found
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(SRC).as_posix())
-def test_imports_point_one_way(path: Path) -> None:
-    part = path.relative_to(SRC).parts[0].removesuffix(".py")
-    allowed = MAY_IMPORT[part]
-    for name in imports(path):
-        first, _, rest = name.partition(".")
-        if first == "geolora":
-            target = rest.partition(".")[0]
-            if target in MAY_IMPORT:
-                same_method = part == "methods" and path.name == "__init__.py"
-                assert target in allowed or same_method, f"{part} must not import {target}"
-        elif part in OTHERS and first not in sys.stdlib_module_names:
-            assert first in OTHERS[part], f"{part} must not import {first}"
+def imports(path: Path) -> Iterator[tuple[str, str]]:
+    """(module, name) of everything a file imports, wherever it stands; name is "" for `import x`."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, ""
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: absolute imports only"
+            for alias in node.names:
+                yield str(node.module), alias.name
+
+
+class Graph:
+    """The imports between the modules of a package folder."""
+
+    def __init__(self, src: Path) -> None:
+        self.files = {name_of(path, src): path for path in sorted(src.rglob("*.py"))}
+        self.arrows: dict[str, set[str]] = {name: set() for name in self.files}
+        self.others: dict[str, set[str]] = {name: set() for name in self.files}
+        self.wrong: list[str] = []
+        for name, path in self.files.items():
+            for module, attribute in imports(path):
+                first, _, inner = module.partition(".")
+                if first != "geolora":
+                    self.others[name].add(first)
+                    continue
+                whole = f"{inner}.{attribute}".strip(".") if attribute else inner
+                target = whole if whole in self.files else inner
+                if target not in self.files:
+                    self.wrong.append(f"{name} imports geolora.{target}, which is no module")
+                elif target == "":
+                    self.wrong.append(f"{name} imports the package's face")
+                else:
+                    self.arrows[name].add(target)
+
+    def faults(self, rows: dict[str, set[str]]) -> list[str]:
+        """What the table does not allow, in words."""
+        found = list(self.wrong)
+        rooms = {name.partition(".")[0] for name in self.files}
+        for name, allowed in rows.items():
+            if name not in self.files:
+                found.append(f"the row {name} is of no module")
+            for target in allowed - rooms - set(self.files):
+                found.append(f"the row {name} names {target}, which is no module")
+        for name, targets in self.arrows.items():
+            if name == "":  # the face names what is public, and is checked with it
+                continue
+            empty = self.files[name].name == "__init__.py" and not targets
+            if not empty and name not in rows:
+                found.append(f"{name} has no row")
+            for target in targets:
+                room = target.partition(".")[0]
+                own = room == name.partition(".")[0] and "." in target
+                if (target if own else room) not in rows.get(name, ()):
+                    found.append(f"{name} must not import {target}")
+        return found
+
+    def cycles(self) -> list[str]:
+        """Modules, and rooms, that import each other around."""
+        rooms: dict[str, set[str]] = {}
+        for name, targets in self.arrows.items():
+            room = name.partition(".")[0]
+            rooms.setdefault(room, set()).update(t.partition(".")[0] for t in targets)
+            rooms[room].discard(room)
+        return [*_around(self.arrows, "module"), *_around(rooms, "room")]
+
+
+def _around(arrows: dict[str, set[str]], what: str) -> list[str]:
+    left = {name: set(targets) for name, targets in arrows.items() if name}
+    while free := [name for name, targets in left.items() if not targets & left.keys()]:
+        for name in free:
+            del left[name]
+    return [f"{what} {name} is in a cycle or above one" for name in left]
+
+
+GRAPH = Graph(SRC)
+FILES = [path for name, path in GRAPH.files.items() if name]
+
+
+def test_imports_point_one_way() -> None:
+    assert GRAPH.faults(table()) == []
+
+
+@pytest.mark.parametrize("room", OTHERS)
+def test_the_numerical_rooms_import_torch_at_most(room: str) -> None:
+    for name, others in GRAPH.others.items():
+        if name.partition(".")[0] == room:
+            assert others - set(sys.stdlib_module_names) <= OTHERS[room], name
 
 
 def test_few_files_know_peft() -> None:
-    knowing = {
-        path.relative_to(SRC).as_posix()
-        for path in FILES
-        if any(name.split(".")[0] == "peft" for name in imports(path))
-    }
-    assert knowing == {"adapter.py", "folders.py", "pairs.py", "saved.py", "tasks/peers.py"}
+    knowing = {name for name, others in GRAPH.others.items() if "peft" in others}
+    rooms = {name.partition(".")[0] for name in knowing}
+    assert rooms == {"adapters", "pairs", "training"}
+    assert {name for name in knowing if name.startswith("training")} == {"training.recipes"}
 
 
 def test_importing_loads_torch_at_most() -> None:

@@ -57,7 +57,7 @@ def test_files_it_links_exist() -> None:
 
 
 def test_the_comparison_it_shows_can_be_planned(tmp_path: Path) -> None:
-    from geolora.tasks.plan import read_plan
+    from geolora.comparing.plan import read_plan
 
     (code,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
     (tmp_path / "comparison.yaml").write_text(code)

@@ -7,20 +7,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from geolora.adapter import export, prune, ranks, suggest_budget
-    from geolora.initialize import (
+    from geolora.adapters.export import export, prune, ranks, suggest_budget
+    from geolora.adapters.verify import inspect, verify
+    from geolora.optim.geolora import GeoLoRA
+    from geolora.optim.lora_pro import LoRAPro
+    from geolora.optim.lora_sb import LoRASB
+    from geolora.optim.rac_lora import RACLoRA
+    from geolora.optim.riemannian import RiemannianAdamW
+    from geolora.starts.gradient_state import (
         get_lora_one_state,
         initialize_lora_ga,
         initialize_lora_one,
         initialize_lora_sb,
         keep_second_half,
     )
-    from geolora.optim import GeoLoRA
-    from geolora.relatives import LoRAPro, LoRASB, RACLoRA, RiemannianAdamW
-    from geolora.saved import inspect, verify
     from geolora.trainer import for_trainer, log_ranks
-
-__version__ = "0.1.0"
 
 __all__ = [
     "GeoLoRA",
@@ -44,28 +45,30 @@ __all__ = [
 ]
 
 _HOME = {
-    "GeoLoRA": "geolora.optim",
-    "LoRAPro": "geolora.relatives",
-    "LoRASB": "geolora.relatives",
-    "RACLoRA": "geolora.relatives",
-    "RiemannianAdamW": "geolora.relatives",
-    "export": "geolora.adapter",
+    "GeoLoRA": "geolora.optim.geolora",
+    "LoRAPro": "geolora.optim.lora_pro",
+    "LoRASB": "geolora.optim.lora_sb",
+    "RACLoRA": "geolora.optim.rac_lora",
+    "RiemannianAdamW": "geolora.optim.riemannian",
+    "export": "geolora.adapters.export",
     "for_trainer": "geolora.trainer",
-    "get_lora_one_state": "geolora.initialize",
-    "initialize_lora_ga": "geolora.initialize",
-    "initialize_lora_one": "geolora.initialize",
-    "initialize_lora_sb": "geolora.initialize",
-    "keep_second_half": "geolora.initialize",
-    "inspect": "geolora.saved",
+    "get_lora_one_state": "geolora.starts.gradient_state",
+    "initialize_lora_ga": "geolora.starts.gradient_state",
+    "initialize_lora_one": "geolora.starts.gradient_state",
+    "initialize_lora_sb": "geolora.starts.gradient_state",
+    "keep_second_half": "geolora.starts.gradient_state",
+    "inspect": "geolora.adapters.verify",
     "log_ranks": "geolora.trainer",
-    "prune": "geolora.adapter",
-    "ranks": "geolora.adapter",
-    "suggest_budget": "geolora.adapter",
-    "verify": "geolora.saved",
+    "prune": "geolora.adapters.export",
+    "ranks": "geolora.adapters.export",
+    "suggest_budget": "geolora.adapters.export",
+    "verify": "geolora.adapters.verify",
 }
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.import_module("importlib.metadata").version("geolora")
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
     raise AttributeError(f"module 'geolora' has no attribute {name!r}")

@@ -14,8 +14,11 @@ import torch
 from torch import nn
 
 from geolora.errors import PairingError, SettingError
-from geolora.optim import GeoLoRA
-from geolora.relatives import LoRAPro, LoRASB, RACLoRA, RiemannianAdamW
+from geolora.optim.geolora import GeoLoRA
+from geolora.optim.lora_pro import LoRAPro
+from geolora.optim.lora_sb import LoRASB
+from geolora.optim.rac_lora import RACLoRA
+from geolora.optim.riemannian import RiemannianAdamW
 
 
 class _Factory:

@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from geolora.cli.__main__ import main
-from geolora.tasks.config import TrainConfig
+from geolora.settings.train_config import TrainConfig
 from models import tiny_bert
 from rows import reviews
 
@@ -140,7 +140,7 @@ def test_train_regression(geolora: Callable, tmp_path: Path) -> None:
 def test_train_is_reproducible_and_goes_on_where_it_was_stopped(
     geolora: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import geolora.optim as optim
+    import geolora.optim.geolora as optim
 
     whole = tmp_path / "whole"
     assert geolora("train", "--output", whole, "--save-every", 5)[0] == 0
@@ -422,7 +422,7 @@ def test_models_whose_heads_differ(
 def test_an_unfinished_run_over_other_data_is_refused(
     geolora: Callable, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import geolora.optim as optim
+    import geolora.optim.geolora as optim
 
     mine = tmp_path / "mine.jsonl"
     mine.write_bytes((files / "train.jsonl").read_bytes())
@@ -455,7 +455,7 @@ def test_help_shows_every_flag_and_an_example(geolora: Callable, command: str) -
 
 
 def test_help_shows_every_setting_once_under_a_heading() -> None:
-    from geolora.tasks.config import HEADINGS
+    from geolora.settings.train_config import HEADINGS
 
     shown = [name for names in HEADINGS.values() for name in names]
     assert sorted(shown) == sorted(TrainConfig.__dataclass_fields__)

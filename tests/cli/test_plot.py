@@ -118,7 +118,7 @@ def test_a_folder_that_is_missing_or_a_file(plot: Call, tmp_path: Path) -> None:
 def test_compare_ends_with_the_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    from geolora.tasks import comparison
+    from geolora.comparing import run as comparison
 
     output = tmp_path / "out"
     plan = "output: {output}\ntasks: {{t: {{}}}}\nmethods: {{lora: {{}}}}\n"

@@ -15,9 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from geolora import LoRAPro, LoRASB, RACLoRA, RiemannianAdamW, optim
+from geolora import LoRAPro, LoRASB, RACLoRA, RiemannianAdamW
 from geolora.cli.__main__ import main
-from geolora.tasks import training as task
+from geolora.optim import geolora as optim
+from geolora.training import run as task
 from models import tiny_bert, tiny_llama, tiny_vit
 from rows import pictures, reviews, sentences, sums
 
@@ -354,7 +355,7 @@ KILLED = """
 import os, signal, sys, threading, time
 import torch
 torch.set_num_threads(1)
-from geolora import optim
+from geolora.optim import geolora as optim
 from geolora.cli.__main__ import main
 number, delay = int(sys.argv[1]), float(sys.argv[2])
 step, done = optim.GeoLoRA.step, [0]

@@ -12,9 +12,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from geolora.errors import DataError, DataWarning, ModelError, SettingError
-from geolora.tasks import training
+from geolora.settings.train_config import TrainConfig
 from geolora.tasks.causal_lm import IGNORED, CausalLM, is_right, of_chat, of_pair
-from geolora.tasks.config import TrainConfig
+from geolora.training import run as training
 from models import CHAT, tiny_llama
 from rows import sums
 

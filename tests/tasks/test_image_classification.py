@@ -12,9 +12,9 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from geolora.errors import DataError
-from geolora.tasks import training
-from geolora.tasks.config import TrainConfig
+from geolora.settings.train_config import TrainConfig
 from geolora.tasks.image_classification import opened
+from geolora.training import run as training
 from models import tiny_vit
 from rows import pictures
 

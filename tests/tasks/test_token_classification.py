@@ -11,14 +11,14 @@ from peft import PeftModel
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
 from geolora.errors import DataError, SettingError
-from geolora.tasks import training
-from geolora.tasks.config import TrainConfig
+from geolora.settings.train_config import TrainConfig
 from geolora.tasks.token_classification import (
     IGNORED,
     TokenClassification,
     entities,
     mean_over_words,
 )
+from geolora.training import run as training
 from models import tiny_bert
 from rows import sentences
 

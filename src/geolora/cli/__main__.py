@@ -5,12 +5,12 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib import metadata
 from typing import NoReturn
 
-from geolora import __version__
 from geolora.cli import compare, demo, export, inspect, plot, train, verify
 from geolora.errors import GeoloraError
-from geolora.tasks.data import nearest
+from geolora.tasks.rows import nearest
 
 COMMANDS = {
     "demo": demo,
@@ -39,7 +39,9 @@ def build_parser() -> argparse.ArgumentParser:
         description="Fine-tune Hugging Face models on the manifold of low-rank matrices.",
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"geolora {__version__}")
+    parser.add_argument(
+        "--version", action="version", version=f"geolora {metadata.version('geolora')}"
+    )
     _offer_completion(parser)
     commands = parser.add_subparsers(
         dest="name", metavar="COMMAND", required=True, parser_class=Parser

@@ -30,10 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Run what is missing, and print the table."""
+    from geolora.comparing.plan import read_plan
+    from geolora.comparing.run import run_all
     from geolora.report.comparison import table
-    from geolora.tasks.comparison import run_all
-    from geolora.tasks.output import writing
-    from geolora.tasks.plan import read_plan
+    from geolora.training.output_folder import writing
 
     plan = read_plan(arguments.config)
     summary = run_all(plan, lambda line: print(line, flush=True))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from geolora.errors import ModelError, SettingError
-from geolora.tasks.output import check_output, clear
+from geolora.training.output_folder import check_output, clear
 
 EXAMPLES = """examples:
   geolora demo
@@ -49,11 +49,11 @@ def run(arguments: argparse.Namespace) -> None:
     output.mkdir(parents=True)
     (output / "demo.json").write_text("{}\n", encoding="utf-8")  # whose folder it is
 
-    from geolora.tasks.checkpoints import Stopped
-    from geolora.tasks.config import TrainConfig
-    from geolora.tasks.docstrings import docstring_themes
+    from geolora.cli.demo_texts import docstring_themes
+    from geolora.settings.train_config import TrainConfig
     from geolora.tasks.text_classification import labelled_texts
-    from geolora.tasks.training import train as train_on
+    from geolora.training.checkpoints import Stopped
+    from geolora.training.run import train as train_on
 
     train, held_out = docstring_themes(seed=arguments.seed)
     data = labelled_texts(train, held_out)

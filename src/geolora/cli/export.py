@@ -22,9 +22,9 @@ def run(arguments: argparse.Namespace) -> None:
     import tempfile
     from pathlib import Path
 
-    from geolora.adapter import export
-    from geolora.saved import load_adapter
-    from geolora.tasks.output import check_output, clear
+    from geolora.adapters.export import export
+    from geolora.adapters.verify import load_adapter
+    from geolora.training.output_folder import check_output, clear
 
     output = Path(arguments.output)
     check_output(output, arguments.overwrite)

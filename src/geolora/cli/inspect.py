@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print a rank map and a row per layer; draw them where asked."""
+    from geolora.adapters.verify import as_rows, inspect
     from geolora.report import figures, text
-    from geolora.saved import as_rows, inspect
 
     if arguments.figures is not None:
         _check_figures(Path(arguments.figures), arguments.overwrite)

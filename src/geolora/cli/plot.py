@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Check every folder, then draw them."""
     from geolora.report.figures import can_draw
-    from geolora.tasks.output import writing
+    from geolora.training.output_folder import writing
 
     found = [(Path(folder), _read(Path(folder))) for folder in arguments.folders]
     for folder, report in found:

@@ -7,7 +7,7 @@ import typing
 from pathlib import Path
 
 from geolora.cli.plot import draw_run
-from geolora.tasks.config import HEADINGS, TrainConfig
+from geolora.settings.train_config import HEADINGS, TrainConfig
 
 EXAMPLES = """examples:
   geolora train --model bert-base-uncased --train train.jsonl --eval dev.jsonl \\
@@ -63,9 +63,10 @@ def _add_flag(group: typing.Any, spec: dataclasses.Field) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Train, and print the result."""
-    from geolora.tasks import processes, training
-    from geolora.tasks.output import writing
-    from geolora.tasks.strict_yaml import read_yaml, settings_of, written
+    from geolora import processes
+    from geolora.settings.strict_yaml import read_yaml, settings_of, written
+    from geolora.training import run as training
+    from geolora.training.output_folder import writing
 
     path, names = arguments.config, [spec.name for spec in dataclasses.fields(TrainConfig)]
     given = {name: value for name, value in vars(arguments).items() if name in names}

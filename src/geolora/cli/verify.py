@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the worst layer; exit code 2 where one is wrong."""
-    from geolora.saved import verify
+    from geolora.adapters.verify import verify
 
     errors = verify(arguments.adapter, arguments.base)
     worst = max(errors, key=lambda name: errors[name])

@@ -7,7 +7,7 @@ Symbols: U, sigma, V = leading singular triplets of G; norm = ||W0||_2.
 Differences from the paper and the authors' code: the size is given in W, so LoRA's scale does not enter.
     The paper's final formula (gamma' = 1/s) is norm = 1; the published runs have norm = s / gamma =
     16 / sqrt(8) / 128 = 0.0442. The base weights are not touched, as in the paper.
-Defaults: norm 0.05, or less where the loss says so: geolora.size (docs/decisions.md).
+Defaults: norm 0.05, or less where the loss says so: geolora.starts.step_length (docs/decisions.md).
 """
 
 import torch

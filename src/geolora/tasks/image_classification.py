@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import torch
 
 from geolora.errors import DataError, SettingError
-from geolora.tasks.config import TrainConfig
-from geolora.tasks.data import column as column_of
-from geolora.tasks.data import nearest
+from geolora.settings.train_config import TrainConfig
+from geolora.tasks.rows import column as column_of
+from geolora.tasks.rows import nearest
 from geolora.tasks.task import (
     Data,
     Loaded,

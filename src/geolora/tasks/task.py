@@ -11,11 +11,11 @@ import torch
 from torch.utils.data import Subset
 
 from geolora.errors import DataError, ModelError
-from geolora.tasks.data import read_rows
-from geolora.tasks.processes import one_device
+from geolora.processes import one_device
+from geolora.tasks.rows import read_rows
 
 if TYPE_CHECKING:
-    from geolora.tasks.config import TrainConfig
+    from geolora.settings.train_config import TrainConfig
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from geolora.tasks.config import TrainConfig
-from geolora.tasks.data import class_names, numbers, texts
-from geolora.tasks.data import column as column_of
+from geolora.settings.train_config import TrainConfig
+from geolora.tasks.rows import class_names, numbers, texts
+from geolora.tasks.rows import column as column_of
 from geolora.tasks.task import (
     Data,
     Loaded,

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from geolora.errors import ModelError, SettingError
 
 if TYPE_CHECKING:
-    from geolora.tasks.config import TrainConfig
+    from geolora.settings.train_config import TrainConfig
 
 
 def pad(tokenizer: Any, model: Any, config: "TrainConfig") -> None:

@@ -1,0 +1,361 @@
+"""Adapter folders, read as data: nothing in them is trusted, unpickled or run.
+
+| in the folder                                          | treated                             |
+|--------------------------------------------------------|-------------------------------------|
+| pairs of any rank, scale, pattern, kernel or dtype     | read                                |
+| heads, biases and embeddings beside the pairs          | kept as they are                    |
+| symbolic links, wherever they lead                     | followed: the Hub's cache is made of |
+|                                                        | them, and they too are only data    |
+| keys of a newer peft                                   | left out as peft does, with a warning |
+| LoRA on embeddings                                     | not read, with a warning            |
+| `auto_mapping`, which names a module to import         | never looked at                     |
+| `adapter_model.bin`                                    | refused: a pickle can run code      |
+| other methods, DoRA and other variants, `megatron_core` | refused: not W0 + s B A            |
+| pissa, olora, corda, loftq, lora_ga without conversion | refused: W0 is another              |
+| factors that are missing, misshapen or not finite      | refused, by name                    |
+"""
+
+import dataclasses
+import json
+import re
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from geolora.adapters.export import CONFIG, PROBES, WEIGHTS
+from geolora.errors import AdapterError, GeoloraWarning, at_most_three
+from geolora.pairs.find import PREFIX
+
+HUB_NAME = re.compile(r"(?!.*\.\.)\w[\w.-]{0,95}(/\w[\w.-]{0,95})?", re.ASCII)
+"""What the name of a model or adapter on the Hub looks like."""
+
+NOT_PAIRS = {
+    "use_dora": "DoRA rescales W0 + s B A with trained magnitudes",
+    "use_qalora": "QALoRA pools the inputs of A",
+    "use_bdlora": "BD-LoRA holds the blocks of block-diagonal factors",
+    "alora_invocation_tokens": "aLoRA acts on some tokens only",
+    "arrow_config": "Arrow routes tokens between several adapters",
+    "kasa_config": "KaSA takes small singular values out of W0",
+    "monteclora_config": "MonteCLoRA samples around its factors",
+    "target_parameters": "the factors of all experts are interleaved",
+    "megatron_config": "a layer holds a part of its factors, and a module is imported by name",
+}
+"""Setting of a LoraConfig → why an adapter that sets it is not W0 + s B A."""
+
+KEEPS_BASE = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+"""Values of `init_lora_weights` that leave W0 as it is."""
+
+LARGEST = 1e60
+"""Bound on s ||A|| ||B||; float32 stays far below it, float64 arithmetic far above."""
+
+SAVE_AGAIN = "Save the adapter again with peft's save_pretrained."
+
+
+@dataclass(frozen=True)
+class SavedPair:
+    """One LoRA pair of a file: A (r, d_in), B (d_out, r), kernels flattened; W = scale * B @ A."""
+
+    name: str
+    A: Tensor
+    B: Tensor
+    scale: float
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """A folder that has been read and found right.
+
+    Attributes:
+        folder: where it is.
+        config: adapter_config.json.
+        tensors: everything in the weights file, by key.
+        pairs: its LoRA pairs, by name and number.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    pairs: list[SavedPair]
+
+
+def read_adapter(path: str | Path) -> SavedAdapter:
+    """Read a PEFT LoRA adapter folder and check all that is used of it.
+
+    Raises:
+        AdapterError: it is no such folder, or one of the refused ones (table above).
+    """
+    folder = Path(path)
+    _demand_files(folder)
+    config = read_json(folder / CONFIG)
+    _check_config(folder / CONFIG, config)
+    tensors = read_tensors(folder / WEIGHTS)
+    return SavedAdapter(folder, config, tensors, _read_pairs(folder, config, tensors))
+
+
+def read_probes(saved: SavedAdapter) -> dict[str, tuple[Tensor, Tensor]]:
+    """{layer: (x (d_in, n), W x (d_out, n))} that `export` wrote beside an adapter.
+
+    Raises:
+        AdapterError: there are none, or they do not fit the adapter.
+    """
+    file = saved.folder / PROBES
+    if not file.is_file():
+        raise AdapterError(
+            f"verify: `path` must hold {PROBES}; {saved.folder} does not. Write it with "
+            "geolora.export."
+        )
+    tensors = read_tensors(file)
+    sizes = {pair.name: (pair.A.shape[1], pair.B.shape[0]) for pair in saved.pairs}
+    probes = {}
+    for name in dict.fromkeys(key.rpartition(".")[0] for key in tensors):
+        x, y = tensors.get(f"{name}.x"), tensors.get(f"{name}.y")
+        if x is None or y is None or x.dim() != 2 or y.dim() != 2 or x.shape[1] != y.shape[1]:
+            raise AdapterError(
+                f"{file}: layer {shown(name)} must have x (d_in, n) and y (d_out, n). "
+                "Export the adapter again."
+            )
+        got = (x.shape[0], y.shape[0])
+        if name in sizes and got != sizes[name]:
+            raise AdapterError(
+                f"{file}: the probes of {shown(name)} must be for {sizes[name][0]} inputs and "
+                f"{sizes[name][1]} outputs; got {got[0]} and {got[1]}. Export the adapter again."
+            )
+        probes[name] = (x, y)
+    return probes
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; raises `AdapterError`."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise AdapterError(f"{file} cannot be read: {first_line(error)}.") from error
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{file} must hold JSON: {first_line(error)}. {SAVE_AGAIN}") from error
+    if not isinstance(value, dict):
+        raise AdapterError(
+            f"{file} must hold a JSON object; got a {type(value).__name__}. {SAVE_AGAIN}"
+        )
+    return value
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file; raises `AdapterError`."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(file)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise AdapterError(
+            f"{file} cannot be read: {first_line(error)}. It is no whole safetensors file; copy or "
+            "save it again."
+        ) from error
+    if odd := [key for key in tensors if not key.isprintable()]:
+        raise AdapterError(f"{file}: names must be printable; got {shown(odd[0])}. {SAVE_AGAIN}")
+    return tensors
+
+
+def shown(value: object) -> str:
+    """A value out of a file for a message: on one line, and short."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:60]}…{text[-15:]}"
+
+
+def first_line(error: Exception) -> str:
+    """What an exception of another library says, on one line."""
+    lines = str(error).strip().splitlines()
+    text = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])
+    return re.sub(r"\s+", " ", text).rstrip(".") or type(error).__name__
+
+
+# ---- the folder ---------------------------------------------------------------------------------
+
+
+def _demand_files(folder: Path) -> None:
+    needed = "`path` must be a PEFT adapter folder"
+    if not folder.exists():
+        download = f"; an adapter of the Hub has to be here first: hf download {folder} --local-dir adapter"
+        hint = download if HUB_NAME.fullmatch(str(folder)) else ""
+        raise AdapterError(f"{needed}; {folder} does not exist{hint}.")
+    if not folder.is_dir():
+        raise AdapterError(f"{needed}; {folder} is a file. Give the folder that holds {CONFIG}.")
+    if not (folder / CONFIG).is_file():
+        raise AdapterError(f"{needed}; {folder} has no {CONFIG}.")
+    if not (folder / WEIGHTS).is_file():
+        pickled = "; adapter_model.bin is a pickle, which can run code and is not opened"
+        raise AdapterError(
+            f"{needed}; {folder} has no {WEIGHTS}"
+            + (
+                f"{pickled}. Convert it in a trusted environment, with peft's "
+                "save_pretrained(safe_serialization=True)."
+                if (folder / "adapter_model.bin").exists()
+                else f". {SAVE_AGAIN}"
+            )
+        )
+
+
+# ---- adapter_config.json ------------------------------------------------------------------------
+
+
+def _check_config(file: Path, config: dict[str, Any]) -> None:
+    for key in ("peft_type", "r", "lora_alpha"):
+        if key not in config:
+            raise AdapterError(f"{file} must have `{key}`; it does not. {SAVE_AGAIN}")
+    if config["peft_type"] != "LORA":
+        raise AdapterError(
+            f"{file}: `peft_type` must be LORA; got {shown(config['peft_type'])}. Only LoRA is "
+            "W0 + s B A."
+        )
+    _demand(file, "`r`", config["r"], _is_rank, "an integer above 0")
+    _demand(file, "`lora_alpha`", config["lora_alpha"], _is_size, "a number above 0")
+    rslora = config.get("use_rslora", False)
+    _demand(file, "`use_rslora`", rslora, lambda v: v in (True, False, None), "true or false")
+    for key, right, needed in (
+        ("rank_pattern", _is_rank, "an integer above 0"),
+        ("alpha_pattern", _is_size, "a number above 0"),
+    ):
+        table = config.get(key)
+        is_table = table is None or isinstance(table, dict)
+        _demand(file, f"`{key}`", table, lambda _, ok=is_table: ok, "an object of names and values")
+        for pattern, value in (table or {}).items():
+            _demand(file, f"`{key}`", pattern, _is_regex, "names or regular expressions")
+            _demand(file, f"`{key}` of {shown(pattern)}", value, right, needed)
+    for key, reason in NOT_PAIRS.items():
+        if config.get(key):
+            raise AdapterError(
+                f"{file}: `{key}` is set: {reason}, so the singular values of s B A are not those "
+                "of the update. Use peft itself for this adapter."
+            )
+    start = config.get("init_lora_weights", True)
+    if start not in KEEPS_BASE:
+        raise AdapterError(
+            f"{file}: the start {shown(start)} changed the base weights, so s B A is not the whole "
+            "update. Convert it with peft's save_pretrained("
+            "path_initial_model_for_weight_conversion=…)."
+        )
+    _warn_of_unknown(file, config)
+
+
+def _demand(file: Path, what: str, value: object, right: Any, needed: str) -> None:
+    if not right(value):
+        raise AdapterError(f"{file}: {what} must be {needed}; got {shown(value)}. {SAVE_AGAIN}")
+
+
+def _is_rank(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
+
+
+def _is_size(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return 0 < value <= sys.float_info.max
+
+
+def _is_regex(value: str) -> bool:
+    try:
+        re.compile(value)
+    except re.error:
+        return False
+    return True
+
+
+def _warn_of_unknown(file: Path, config: dict[str, Any]) -> None:
+    import peft
+
+    known = {spec.name for spec in dataclasses.fields(peft.LoraConfig)}
+    if unknown := [f"`{key}`"[:60] for key, value in config.items() if value and key not in known]:
+        warnings.warn(
+            f"{file}: peft {peft.__version__} does not know {at_most_three(unknown)} and leaves "
+            "them out, and so do we. Upgrade peft if the adapter needs them.",
+            GeoloraWarning,
+            stacklevel=4,
+        )
+
+
+# ---- the pairs ----------------------------------------------------------------------------------
+
+
+def _read_pairs(
+    folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]
+) -> list[SavedPair]:
+    file = folder / WEIGHTS
+    sides: dict[str, dict[str, Tensor]] = {}
+    embeddings = []
+    for key, tensor in tensors.items():
+        if found := re.fullmatch(r"(.+)\.lora_([AB])\.weight", key):
+            sides.setdefault(found[1].removeprefix(PREFIX), {})[found[2]] = tensor
+        elif found := re.fullmatch(r"(.+)\.lora_embedding_[AB]", key):
+            embeddings.append(found[1].removeprefix(PREFIX))
+        elif re.search(r"(^|\.)lora_", key) and not key.endswith(".lora_B.bias"):
+            raise AdapterError(
+                f"{file}: {shown(key)} is no tensor of a PEFT LoRA file, which has "
+                f"<layer>.lora_A.weight and <layer>.lora_B.weight. {SAVE_AGAIN}"
+            )
+    if not sides:
+        raise AdapterError(f"`path` must hold LoRA pairs; {folder} has none.")
+    if embeddings := list(dict.fromkeys(embeddings)):
+        warnings.warn(
+            f"{file}: LoRA on embeddings ({at_most_three(embeddings)}) is left out: it has another "
+            "rank and scale rule than the pairs.",
+            GeoloraWarning,
+            stacklevel=3,
+        )
+    names = sorted(sides, key=_in_order)
+    return [_read_pair(file, config, name, sides[name]) for name in names]
+
+
+def _in_order(name: str) -> list[str | int]:
+    """Sorts layer 2 before layer 10."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))]
+
+
+def _read_pair(file: Path, config: dict[str, Any], name: str, both: dict[str, Tensor]) -> SavedPair:
+    for side, other in ("AB", "BA"):
+        if side not in both:
+            raise AdapterError(
+                f"{file}: {shown(name)} has lora_{other} without lora_{side}. {SAVE_AGAIN}"
+            )
+    rank, scale = _rank_and_scale(config, name)
+    shapes = {side: tuple(tensor.shape) for side, tensor in both.items()}
+    for side, tensor in both.items():
+        if not tensor.is_floating_point() or tensor.dim() < 2 or not tensor.numel():
+            raise AdapterError(
+                f"{file}: lora_{side} of {shown(name)} must be a matrix of floating-point numbers; "
+                f"got {tensor.dtype} {shapes[side]}. {SAVE_AGAIN}"
+            )
+    A, B = both["A"].flatten(1), both["B"].flatten(1)
+    if not A.shape[0] == B.shape[1] == rank:
+        raise AdapterError(
+            f"{file}: {shown(name)} must have A ({rank}, d_in) and B (d_out, {rank}), the rank in "
+            f"{CONFIG}; got A {shapes['A']} and B {shapes['B']}. {SAVE_AGAIN}"
+        )
+    for side, factor in (("A", A), ("B", B)):
+        if wrong := int((~torch.isfinite(factor.double())).sum()):
+            raise AdapterError(
+                f"{file}: lora_{side} of {shown(name)} must be finite; {wrong} of {factor.numel()} "
+                "numbers are NaN or infinite. Take an earlier checkpoint."
+            )
+    if not scale * float(A.double().norm()) * float(B.double().norm()) <= LARGEST:
+        raise AdapterError(
+            f"{file}: s B A of {shown(name)} must be below {LARGEST:.0e}; s = {scale:.1e}. "
+            "Take an earlier checkpoint."
+        )
+    return SavedPair(name, A, B, scale)
+
+
+def _rank_and_scale(config: dict[str, Any], name: str) -> tuple[int, float]:
+    """r and s of a layer as peft computes them on load."""
+    from peft.utils.other import get_pattern_key
+
+    def of(pattern: str, default: float) -> Any:
+        table = config.get(pattern) or {}
+        return table.get(get_pattern_key(list(table), name), default)
+
+    r, alpha = of("rank_pattern", config["r"]), float(of("alpha_pattern", config["lora_alpha"]))
+    return r, alpha / (r**0.5 if config.get("use_rslora") else r)

@@ -1,0 +1,133 @@
+"""What `geolora compare` runs: a grid of methods, step sizes, seeds and tasks, read from YAML."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from geolora.errors import SettingError
+from geolora.settings.strict_yaml import known_keys, mapping, of_type, read_yaml, settings_of
+from geolora.settings.train_config import TrainConfig
+
+KEYS = ("output", "common", "tasks", "methods", "seeds", "choose_on", "against")
+GRID = ("seed", "output", "overwrite")
+"""Settings of a run that the grid gives."""
+OF_TASKS = (
+    "train", "eval", "train_rows", "task", "text", "text_pair", "image", "label", "prompt", "completion",
+    "packing", "max_new_tokens", "metric",
+)  # fmt: skip
+"""Settings that all methods share on a task."""
+
+
+class Cell(NamedTuple):
+    """One run of the grid."""
+
+    task: str
+    method: str
+    lr: float | None
+    seed: int
+    config: TrainConfig
+
+    @property
+    def name(self) -> str:
+        """Where its file lies under `runs/`, without the suffix."""
+        lr = "default" if self.lr is None else f"{self.lr:g}"
+        return f"{self.task}/{self.method}/lr-{lr}/seed-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A comparison: its cells in the order they are run, and how they are judged.
+
+    Attributes:
+        choose_on: share of the training rows that choose the step size.
+        against: the method the others are compared with.
+    """
+
+    output: Path
+    cells: list[Cell]
+    choose_on: float
+    against: str
+
+
+def read_plan(path: str | Path) -> Plan:
+    """The comparison a YAML file describes.
+
+        output: out                         # folder of runs, table and figures
+        common: {model: my-model, max_steps: 200}    # settings of `geolora train` for all runs
+        tasks:                              # a name and its settings each
+          reviews: {train: train.jsonl, eval: dev.jsonl}
+        methods:                            # a name and its settings each; lr may be a list
+          lora: {rank: 8, lr: [1e-3, 3e-3]}
+          ours: {method: geolora, rank: 16}
+        seeds: [0, 1, 2]
+        choose_on: 0.1                      # share of the training rows that choose lr
+        against: lora                       # the first method if not given
+
+    A setting of a method wins over one of a task, and that over one in common. Paths are relative
+    to where the command runs, as for `geolora train`.
+
+    Raises:
+        SettingError: an unknown key, a value of another type, or a key at the wrong place.
+    """
+    where = str(path)
+    given = read_yaml(path)
+    known_keys(given, KEYS, where)
+    for key in ("output", "tasks", "methods"):
+        if key not in given:
+            raise SettingError(f"{where}: `{key}` must be given.")
+    output = Path(of_type(given["output"], str, f"{where}: `output`"))
+    common = _settings(given.get("common", {}), f"{where}: common", {})
+    tasks = mapping(given["tasks"], f"{where}: `tasks`")
+    methods = mapping(given["methods"], f"{where}: `methods`")
+    seeds = given.get("seeds", [0])
+    if not isinstance(seeds, list) or not seeds:
+        raise SettingError(f"{where}: `seeds` must be a list of whole numbers; got {seeds!r}.")
+    seeds = [of_type(seed, int, f"{where}: `seeds`") for seed in seeds]
+    choose_on = of_type(given.get("choose_on", 0.1), float, f"{where}: `choose_on`")
+    if not 0 < choose_on < 1:
+        raise SettingError(f"{where}: `choose_on` must be between 0 and 1; got {choose_on:g}.")
+    against = of_type(given.get("against", next(iter(methods), "")), str, f"{where}: `against`")
+    if not tasks or not methods:
+        raise SettingError(f"{where}: `tasks` and `methods` must have one entry or more.")
+    known_keys({against: None}, methods, f"{where}: `against`")
+
+    cells = []
+    for seed in seeds:  # outermost: a table of fewer seeds comes first
+        for task, task_given in tasks.items():
+            of_task = _settings(task_given, f"{where}: tasks: {task}", common)
+            for method, method_given in methods.items():
+                here = f"{where}: methods: {method}"
+                listed, lrs = _lrs(method_given, here)
+                own = _settings(listed, here, {})
+                if misplaced := [key for key in OF_TASKS if key in own]:
+                    raise SettingError(f"{here}: `{misplaced[0]}` belongs to a task.")
+                merged = {**of_task, **own}
+                merged.setdefault("method", method)
+                for lr in lrs if lrs is not None else [merged.get("lr")]:
+                    folder = output / "running"
+                    settings = {**merged, "lr": lr, "seed": seed, "output": str(folder)}
+                    cells.append(Cell(task, method, lr, seed, TrainConfig(**settings)))
+    names = [cell.name for cell in cells]
+    if len(set(names)) < len(names):
+        raise SettingError(f"{where}: `seeds` and `lr` must not name a value twice.")
+    return Plan(output, cells, choose_on, against)
+
+
+def _settings(given: Any, where: str, below: dict[str, Any]) -> dict[str, Any]:
+    """Settings of one level over those of the levels below."""
+    found = settings_of(mapping(given, where) if given is not None else {}, TrainConfig, where)
+    for key in GRID:
+        if key in found:
+            raise SettingError(f"{where}: `{key}` belongs to the comparison, not to a run.")
+    return {**below, **found}
+
+
+def _lrs(given: Any, where: str) -> tuple[dict[str, Any], list[float] | None]:
+    """A method's settings without `lr`, and its list of step sizes where it has one."""
+    settings = mapping(given, where) if given is not None else {}
+    if not isinstance(settings.get("lr"), list):
+        return settings, None
+    lrs = [of_type(lr, float, f"{where}: `lr`") for lr in settings["lr"]]
+    if not lrs:
+        raise SettingError(f"{where}: `lr` must have one step size or more.")
+    return {key: value for key, value in settings.items() if key != "lr"}, lrs

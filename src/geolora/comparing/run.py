@@ -1,0 +1,166 @@
+"""`geolora compare`: a grid of methods, step sizes, seeds and tasks, and what follows from it.
+
+Every run is one JSON file under `runs/`; a run that has its file is not run again. A part of the
+training rows is held back: the step size of every method is chosen by the score on them (mean over
+the seeds), and only then the score on the evaluation set at that step size counts. `plan.py` reads the
+grid, `summary.py` computes the numbers of `comparison.json`, `report/comparison.py` draws them.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from geolora import processes
+from geolora.comparing.plan import GRID, Cell, Plan
+from geolora.comparing.summary import summarise
+from geolora.errors import GradientError, OutputError, SettingError
+from geolora.settings.train_config import DEFAULTS, TrainConfig, check, unfinished
+from geolora.tasks.task import Data, Rows
+from geolora.training.checkpoints import write_json
+from geolora.training.output_folder import alone, check_output, clear, writing
+from geolora.training.run import base_id, load, train
+
+
+def run_all(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
+    """Run every cell that has no file yet, then summarise all.
+
+    Args:
+        say: takes a line of progress.
+
+    Returns:
+        What `comparison.json` holds.
+
+    Raises:
+        OutputError: a folder that is not a comparison, or a disk that is full.
+        SettingError: a run on disk with other settings; nothing is changed then.
+    """
+    if processes.count() > 1:
+        raise SettingError(
+            "compare: must run in one process; got "
+            f"{processes.count()}. Start it without torchrun: its runs are small, and made one by one."
+        )
+    marker = plan.output / "comparison.json"
+    if plan.output.is_file():
+        raise OutputError(f"`output`: {plan.output} is a file. Choose a folder.")
+    if plan.output.exists() and any(plan.output.iterdir()) and not marker.exists():
+        raise OutputError(
+            f"`output`: {plan.output} exists and holds no comparison. Choose another folder."
+        )
+    data = {cell.task: cell.config for cell in plan.cells}
+    loaded = {task: split(load(config), plan.choose_on) for task, config in data.items()}
+    todo = [cell for cell in plan.cells if not _done(plan, cell, loaded[cell.task][0])]
+    for cell in todo:
+        check(replace(cell.config, output=f"{cell.config.output}-to-be"))
+    if not plan.output.exists():
+        check_output(plan.output, False)
+    plan.output.mkdir(parents=True, exist_ok=True)
+    with writing(plan.output), alone(plan.output):
+        if not marker.exists():
+            write_json(marker, {})
+        say(f"{len(plan.cells)} runs, {len(plan.cells) - len(todo)} of them done")
+        begun = time.perf_counter()
+        for number, cell in enumerate(todo, 1):
+            result = _run(cell, *loaded[cell.task])
+            path = _file(plan, cell)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, result, indent=None)
+            clear(cell.config.output)  # only now: a run that is not on file must not be lost
+            left = (time.perf_counter() - begun) / number * (len(todo) - number)
+            say(f"{number}/{len(todo)}  {cell.name}  {_short(result)}; {left / 60:.0f} min left")
+        results = [(cell, json.loads(_file(plan, cell).read_text())) for cell in plan.cells]
+        summary = summarise(results, plan.against, plan.choose_on)
+        write_json(marker, summary)
+    return summary
+
+
+def split(data: Data, share: float) -> tuple[Data, Rows]:
+    """Hold back a share of the training rows, the same ones in every run and for every method."""
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(data.train), generator=generator).tolist()
+    count = max(1, round(share * len(order)))
+    if count >= len(order):
+        raise SettingError(f"`choose_on`: {len(order)} training rows are too few to divide.")
+    back, rest = sorted(order[:count]), sorted(order[count:])
+    return Data(data.train.at(rest), data.held_out, data.names), data.train.at(back)
+
+
+# ---- runs ---------------------------------------------------------------------------------------
+
+
+def _run(cell: Cell, data: Data, choice: Rows) -> dict[str, Any]:
+    """Train one cell, or go on with it; a run that diverges has no scores and says why."""
+    if not unfinished(cell.config):
+        clear(cell.config.output)
+    result: dict[str, Any] = {
+        "settings": _stored(cell.config),
+        "data": _inputs(cell, data),
+        "failure": None,
+    }
+    try:
+        found = train(cell.config, data, choice)
+    except GradientError as error:
+        return {**result, "failure": str(error)}
+    return {
+        **result,
+        "report": {key: value for key, value in found.report.items() if key != "command"},
+        "choice": found.choice,
+        "history": found.history,
+        "predictions": found.predictions,
+        "targets": found.targets,
+    }
+
+
+def _done(plan: Plan, cell: Cell, data: Data) -> bool:
+    """Whether a cell has its file, and it is of these settings and data."""
+    path = _file(plan, cell)
+    if not path.exists():
+        return False
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        settings, theirs = saved["settings"], saved["data"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SettingError(f"{path} is not the file of a run. Remove it.") from error
+    ours = _stored(cell.config)
+    # a run made before a setting was there had its default
+    changed = [key for key in ours if settings.get(key, DEFAULTS[key]) != ours[key]]
+    if changed:
+        key = changed[0]
+        raise SettingError(
+            f"{path} was run with `{key}` {settings.get(key)!r}, now it is {ours[key]!r}. "
+            "Remove the file, or choose another output."
+        )
+    if theirs != _inputs(cell, data):
+        raise SettingError(
+            f"{path} was run on other data or another base. Remove it, or choose another output."
+        )
+    return True
+
+
+def _file(plan: Plan, cell: Cell) -> Path:
+    return plan.output / "runs" / f"{cell.name}.json"
+
+
+def _stored(config: TrainConfig) -> dict[str, Any]:
+    """Settings that make a run what it is."""
+    return {key: value for key, value in asdict(config).items() if key not in GRID[1:]}
+
+
+def _inputs(cell: Cell, data: Data) -> str:
+    """A hash of the data and the base model of a run."""
+    return hashlib.sha256(f"{data.digest()} {base_id(cell.config.model)}".encode()).hexdigest()
+
+
+def _short(result: dict[str, Any]) -> str:
+    if result["failure"]:
+        return "diverged"
+    report = result["report"]
+    return (
+        f"{report['metric']} {report['value']:.4f} ({result['choice']:.4f} on the choosing rows), "
+        f"{report['adapter_parameters']:,} parameters, {report['seconds']:.0f} s"
+    )

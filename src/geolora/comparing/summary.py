@@ -1,0 +1,315 @@
+"""What follows from the runs of a comparison: the chosen step sizes, the table, curves and maps.
+
+All numbers are computed here; `report/comparison.py` draws them.
+"""
+
+import json
+import math
+import statistics
+import zlib
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from geolora.comparing.plan import GRID, Cell
+from geolora.tasks.metrics import LOWER_IS_BETTER, METRICS
+
+RESAMPLES = 10_000
+INTERVAL = 0.95
+FILES = ("model", "train", "eval")
+"""Settings that may be paths; of an absolute one only the name is kept."""
+
+
+def summarise(
+    results: list[tuple[Cell, dict[str, Any]]], against: str, choose_on: float | None = None
+) -> dict[str, Any]:
+    """Rows of the table, curves over step sizes, and rank maps, from the runs.
+
+    Args:
+        choose_on: share of the training rows that chose the step sizes, where it is known.
+
+    Returns:
+        {"against", "rows": one per task and method at the chosen step size, "means": one per method
+        that has a score on all of several tasks, where more is better on all or less on all, "learning_rates": one per task, method and step
+        size, "curves": training losses, "maps": ranks, "budgets": maps of budget and step size,
+        "failures": the runs that diverged, and what the runs were: "metrics", "lower_is_better",
+        "seeds", "choose_on", "settings", "versions"}. Spreads are standard deviations over seeds;
+        intervals are of a paired bootstrap over evaluation rows and seeds, of the difference to
+        `against`.
+    """
+    by_cell: dict[tuple[str, str], dict[float | None, list[dict[str, Any]]]] = {}
+    for cell, result in results:
+        runs = by_cell.setdefault((cell.task, cell.method), {})
+        runs.setdefault(cell.lr, []).append({**result, "seed": cell.seed})
+    sweeps, rows, curves, maps = [], [], [], []
+    chosen = {key: _best_lr(runs) for key, runs in by_cell.items()}
+    gaps: dict[str, dict[str, _Gap]] = {}
+    for (task, method), runs in by_cell.items():
+        for lr, found in runs.items():
+            sweeps.append({"task": task, "method": method, "lr": lr, **_scores(found)})
+        best = chosen[task, method]
+        row: dict[str, Any] = {"task": task, "method": method, "lr": best}
+        rows.append(row)
+        whole = [run for run in runs[best] if not run["failure"]]
+        row |= _scores(runs[best])
+        if not whole:
+            continue
+        row |= _costs(whole)
+        rivals = by_cell[task, against][chosen[task, against]]
+        if method != against:
+            gap = _gap(whole, rivals, zlib.crc32(task.encode()))
+            row["difference"] = gap and _interval([gap])
+            if gap:
+                gaps.setdefault(method, {})[task] = gap
+        first = whole[0]
+        curves.append(
+            {
+                "task": task,
+                "method": method,
+                "seed": first["seed"],
+                "steps": [entry["step"] for entry in first["history"]],
+                "losses": [entry["loss"] for entry in first["history"]],
+                "regularised": first["settings"]["method"] == "adalora",
+            }
+        )
+        maps.append({"task": task, "method": method, "ranks": first["report"]["ranks"]})
+    metrics = {
+        task: run["report"]["metric"]
+        for (task, _), runs in by_cell.items()
+        for found in runs.values()
+        for run in found
+        if not run["failure"]
+    }
+    return {
+        "against": against,
+        "choose_on": choose_on,
+        "seeds": sorted({cell.seed for cell, _ in results}),
+        "metrics": metrics,
+        "lower_is_better": [task for task, name in metrics.items() if name in LOWER_IS_BETTER],
+        "rows": rows,
+        "means": _means(rows, gaps) if _same_direction(metrics) else [],
+        "learning_rates": sweeps,
+        "curves": curves,
+        "maps": maps,
+        "budgets": _budgets(results, sweeps),
+        "failures": [
+            {
+                "task": cell.task,
+                "method": cell.method,
+                "lr": cell.lr,
+                "seed": cell.seed,
+                "text": result["failure"],
+            }
+            for cell, result in results
+            if result["failure"]
+        ],
+        "settings": _settings(results),
+        "versions": _versions(results),
+    }
+
+
+def _best_lr(runs: dict[float | None, list[dict[str, Any]]]) -> float | None:
+    """The step size with the best mean score on the choosing rows; the smaller one of equals.
+
+    A run whose `choice` is None takes no part: it was made for the step size that had been chosen.
+    One at which any seed diverged is taken only where all have.
+    """
+
+    def worth(lr: float | None) -> tuple[bool, float, float]:
+        whole = [run for run in runs[lr] if not run["failure"]]
+        scores = [_worth(run) for run in whole if run["choice"] is not None]
+        mean = statistics.fmean(scores) if scores else -math.inf
+        return len(whole) == len(runs[lr]), mean, -(lr or 0.0)
+
+    return max(runs, key=worth)
+
+
+def _worth(run: dict[str, Any]) -> float:
+    """The score on the choosing rows, the larger the better."""
+    return -run["choice"] if run["report"]["metric"] in LOWER_IS_BETTER else run["choice"]
+
+
+def _scores(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and spread over seeds of the scores; None where every run diverged."""
+    whole = [run for run in runs if not run["failure"]]
+    values = [run["report"]["value"] for run in whole]
+    return {
+        "seeds": len(runs),
+        "diverged": len(runs) - len(whole),
+        "value": _mean(values),
+        "spread": statistics.stdev(values) if len(values) > 1 else None,
+        "choice": _mean([run["choice"] for run in whole if run["choice"] is not None]),
+        "train_loss": _mean([run["report"]["train_loss"] for run in whole]),
+    }
+
+
+def _costs(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    reports = [run["report"] for run in runs]
+    return {
+        "adapter_parameters": round(statistics.fmean(r["adapter_parameters"] for r in reports)),
+        "exported_parameters": round(statistics.fmean(r["exported_parameters"] for r in reports)),
+        "seconds_per_step": statistics.median(r["seconds_per_step"] for r in reports),
+        "peak_memory_bytes": max(r["peak_memory_bytes"] for r in reports),
+    }
+
+
+class _Gap(NamedTuple):
+    """The difference of two methods on a task: its mean, and the means of all bootstrap draws."""
+
+    mean: float
+    draws: torch.Tensor
+    seeds: int
+
+
+def _gap(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], seed: int) -> _Gap | None:
+    """The difference of two methods, seeds paired; None where they have no seed in common.
+
+    Rows of the evaluation set and seeds are both drawn again with replacement, the same draw for
+    both methods.
+    """
+    other = {run["seed"]: run for run in theirs if not run["failure"]}
+    pairs = [(run, other[run["seed"]]) for run in ours if run["seed"] in other]
+    if not pairs:
+        return None
+    metric = METRICS[pairs[0][0]["report"]["metric"]]
+    target = torch.tensor(pairs[0][0]["targets"])
+    rows = len(target)
+    generator = torch.Generator().manual_seed(seed)
+    draws = []
+    for _ in range(RESAMPLES // 1000):  # in parts: a part holds 1000 x rows numbers
+        index = torch.randint(rows, (1000, rows), generator=generator)
+        weights = torch.zeros(1000, rows, dtype=torch.float64)
+        weights.scatter_add_(1, index, torch.ones_like(weights))
+        gaps = [
+            metric(torch.tensor(a["predictions"]), target, weights)
+            - metric(torch.tensor(b["predictions"]), target, weights)
+            for a, b in pairs
+        ]
+        seeds = torch.randint(len(pairs), (1000, len(pairs)), generator=generator)
+        draws.append(torch.stack(gaps, dim=1).gather(1, seeds).mean(1))
+    mean = statistics.fmean(a["report"]["value"] - b["report"]["value"] for a, b in pairs)
+    return _Gap(mean, torch.cat(draws), len(pairs))
+
+
+def _interval(gaps: list[_Gap]) -> dict[str, Any]:
+    """The mean of one difference or several, its bootstrap interval, and the fewest seeds."""
+    low, high = (
+        torch.stack([gap.draws for gap in gaps])
+        .mean(0)
+        .quantile(torch.tensor([(1 - INTERVAL) / 2, (1 + INTERVAL) / 2], dtype=torch.float64))
+    )
+    mean = statistics.fmean(gap.mean for gap in gaps)
+    seeds = min(gap.seeds for gap in gaps)
+    return {"mean": mean, "low": float(low), "high": float(high), "seeds": seeds}
+
+
+def _same_direction(metrics: dict[str, str]) -> bool:
+    return len({name in LOWER_IS_BETTER for name in metrics.values()}) < 2
+
+
+def _means(rows: list[dict[str, Any]], gaps: dict[str, dict[str, _Gap]]) -> list[dict[str, Any]]:
+    """Means over the tasks, of the methods that have a score on each; none for a single task."""
+    tasks = {row["task"] for row in rows}
+    means = []
+    for method in dict.fromkeys(row["method"] for row in rows) if len(tasks) > 1 else ():
+        mine = [row for row in rows if row["method"] == method and row["value"] is not None]
+        if len(mine) < len(tasks):
+            continue
+        mean: dict[str, Any] = {
+            "method": method,
+            "value": _mean([row["value"] for row in mine]),
+            "adapter_parameters": round(_mean([row["adapter_parameters"] for row in mine]) or 0),
+            "exported_parameters": round(_mean([row["exported_parameters"] for row in mine]) or 0),
+        }
+        if len(gaps.get(method, {})) == len(tasks):
+            mean["difference"] = _interval(list(gaps[method].values()))
+        means.append(mean)
+    return means
+
+
+# ---- what the runs were -------------------------------------------------------------------------
+
+
+def _budgets(
+    results: list[tuple[Cell, dict[str, Any]]], sweeps: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Maps of budget and step size: methods that differ by `budget` alone, over several of both."""
+    alike: dict[tuple[str, str, str], dict[str, int]] = {}
+    for cell, _ in results:
+        settings = _shown(cell)
+        budget = settings.pop("budget")
+        if budget is not None:
+            key = (cell.task, cell.config.method, json.dumps(settings))
+            alike.setdefault(key, {})[cell.method] = budget
+    maps = []
+    for (task, method, _), budgets in alike.items():
+        fields = [
+            {"budget": budgets[row["method"]], **{key: row[key] for key in FIELD}}
+            for row in sweeps
+            if row["task"] == task and row["method"] in budgets and row["lr"] is not None
+        ]
+        sizes, lrs = ({field[key] for field in fields} for key in ("budget", "lr"))
+        if len(sizes) > 1 and len(lrs) > 1:
+            found = {"budgets": sorted(sizes), "lrs": sorted(lrs), "fields": fields}
+            maps.append({"task": task, "method": method, **found})
+    return maps
+
+
+FIELD = ("method", "lr", "seeds", "diverged", "value")
+"""What a field of such a map has beside its budget."""
+
+
+def _settings(results: list[tuple[Cell, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Settings of the runs, each as far out as it goes: of all, of a task, of a method, or of both.
+
+    Returns:
+        One entry per scope, {"task": None for all, "method": None for all, "values"}; `lr` is the
+        list of what was tried.
+    """
+    lrs: dict[tuple[str, str], list[float | None]] = {}
+    for cell, _ in results:
+        tried = lrs.setdefault((cell.task, cell.method), [])
+        if cell.lr not in tried:
+            tried.append(cell.lr)
+    cells = {
+        (cell.task, cell.method): {**_shown(cell), "lr": lrs[cell.task, cell.method]}
+        for cell, _ in results
+    }
+    scopes: dict[tuple[str | None, str | None], dict[str, Any]] = {}
+    for name in next(iter(cells.values())):
+        for of_task, of_method in ((False, False), (True, False), (False, True), (True, True)):
+            found: dict[tuple[str | None, str | None], list[Any]] = {}
+            for (task, method), values in cells.items():
+                scope = (task if of_task else None, method if of_method else None)
+                found.setdefault(scope, []).append(values[name])
+            if all(value == same[0] for same in found.values() for value in same):
+                for scope, same in found.items():
+                    if same[0] is not None:
+                        scopes.setdefault(scope, {})[name] = same[0]
+                break
+    ordered = sorted(scopes.items(), key=lambda item: [part is not None for part in item[0]])
+    return [{"task": task, "method": method, "values": v} for (task, method), v in ordered]
+
+
+def _shown(cell: Cell) -> dict[str, Any]:
+    """Settings of a run without what the grid gives and without folders of the machine."""
+    settings = {k: v for k, v in asdict(cell.config).items() if k not in (*GRID, "lr")}
+    for key in FILES:
+        if Path(settings[key]).is_absolute():
+            settings[key] = Path(settings[key]).name
+    return settings
+
+
+def _versions(results: list[tuple[Cell, dict[str, Any]]]) -> dict[str, list[str]]:
+    """All versions that made a run, by package."""
+    found: dict[str, set[str]] = {}
+    for _, result in results:
+        for package, version in result.get("report", {}).get("versions", {}).items():
+            found.setdefault(package, set()).add(version)
+    return {package: sorted(versions) for package, versions in found.items()}
+
+
+def _mean(values: list[float]) -> float | None:
+    return statistics.fmean(values) if values else None

@@ -1,0 +1,1 @@
+"""Optimizers over LoRA pairs: one base, one file each; the mathematics is in `methods/`."""

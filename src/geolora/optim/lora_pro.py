@@ -1,0 +1,130 @@
+"""`LoRAPro`; the mathematics is in `methods/lora_pro.py`."""
+
+import math
+from typing import Any
+
+from torch import Tensor, nn
+
+from geolora.methods import lora_pro
+from geolora.optim.base import (
+    Pairwise,
+    adam,
+    moments,
+    move_average,
+    stacked,
+    unbiased,
+    write_back,
+)
+from geolora.optim.buckets import scales_of
+from geolora.pairs.find import find_pairs
+
+
+class LoRAPro(Pairwise):
+    """Descent on LoRA's factors whose effect on W is Adam's on the projected gradient P(W)G.
+
+    Adam's direction N is made in W space, from moments of P(W)G = U U^T G + G V V^T - U U^T G V V^T; then the
+    factors move so that W moves by -lr P(W)N to first order, and as little else as possible.
+
+    Args:
+        model: a PeftModel, or any module with LoRA layers (see `pairs.py`).
+        lr: change of the entries of W in a step, about; the same unit as Adam's in full fine-tuning.
+        rest_lr: AdamW's step size for everything else that is trainable.
+        moments: "tangent" (state of an adapter's size: the first moment stays in the tangent space, the
+            second is kept by row and column means) or "full" (the paper's: two matrices of W's size per layer).
+        betas: Adam's. eps: Adam's, for moments="full".
+        ridge: what is added to B^T B and A A^T, 0 or more; the authors' 1e-8.
+        adapter_name: which adapter of the model; None for the active one.
+
+    Precision:
+        Moments are float32 (float64 for float64 pairs), what is computed from them float64. The factors
+        are rounded to their dtype in every step: keep them in float32 (PEFT's default).
+
+    Raises:
+        GeoloraError: as `RiemannianAdamW`.
+
+    Source: arXiv 2407.18242, theorem 2.1 and algorithm 1; "tangent" is ours.
+
+    Examples:
+        >>> optimizer = LoRAPro(model)                      # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 1e-4,
+        *,
+        rest_lr: float = 1e-3,
+        moments: str = "tangent",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        ridge: float = lora_pro.RIDGE,
+        adapter_name: str | None = None,
+    ) -> None:
+        self._demand("ridge", ridge, ridge >= 0 and math.isfinite(ridge), "a number >= 0")
+        forms = ("tangent", "full")
+        self._demand("moments", moments, moments in forms, f"one of {forms}")
+        own = {
+            "lr": lr,
+            "moments": moments,
+            "betas": betas,
+            "eps": eps,
+            "ridge": ridge,
+        }
+        super().__init__(model, find_pairs(model, adapter_name), own, rest_lr, adapter_name)
+
+    def _advance(self, group: dict[str, Any], on_A: Tensor, on_B: Tensor, live: list[bool]) -> None:
+        A, B = stacked(group)
+        scale = scales_of(group, A)
+        s = scale.view(-1, 1, 1)
+        seen = lora_pro.Parts(on_A / s, on_B / s)
+        at = lora_pro.metric(A, B, group["ridge"])
+        state = self.state[group["params"][0]]
+        step = self._full if group["moments"] == "full" else self._tangent
+        parts, mean = step(group, state, A, B, seen, at, live)
+        g_A, g_B = lora_pro.factor_gradients(A, B, parts, scale, at)
+        new_A, new_B = A - group["lr"] * g_A, B - group["lr"] * g_B
+        for side, new in enumerate((new_A, new_B)):
+            write_back(group["params"][side::2], new)
+        if mean is not None:
+            written = stacked(group)  # as rounded to the dtype of the factors
+            state["on_A"], state["on_B"] = lora_pro.carried(A, B, mean, *written, at)
+
+    @staticmethod
+    def _tangent(
+        group: dict[str, Any],
+        state: dict[str, Any],
+        A: Tensor,
+        B: Tensor,
+        seen: lora_pro.Parts,
+        at: lora_pro.Metric,
+        live: list[bool],
+    ) -> tuple[lora_pro.Parts, lora_pro.Parts]:
+        """N by its parts, and the first moment."""
+        now = lora_pro.mean_squares(A, B, seen, at)
+        moments(state, ("on_A", "on_B", "rows", "columns"), (*seen, *now))
+        first, second = group["betas"]
+        for key, part in zip(("on_A", "on_B"), seen, strict=True):
+            move_average(state[key], part, first, live)
+        for key, part in zip(("rows", "columns"), now, strict=True):
+            move_average(state[key], part, second, live)
+        mean = lora_pro.Parts(state["on_A"], state["on_B"])
+        squares = lora_pro.Squares(
+            *(state[key] / unbiased(group, second, state[key]) for key in ("rows", "columns"))
+        )
+        N = lora_pro.normalised(A, B, mean, squares, at)
+        share = 1 / unbiased(group, first, A)
+        return lora_pro.Parts(share * N.on_A, share * N.on_B), mean
+
+    @staticmethod
+    def _full(
+        group: dict[str, Any],
+        state: dict[str, Any],
+        A: Tensor,
+        B: Tensor,
+        seen: lora_pro.Parts,
+        at: lora_pro.Metric,
+        live: list[bool],
+    ) -> tuple[lora_pro.Parts, None]:
+        """N by its parts."""
+        N = adam(state, lora_pro.dense(A, B, seen, at), group, live)
+        return lora_pro.parts_of(N, A, B), None

@@ -1,0 +1,132 @@
+"""YAML files of settings, read strictly: duplicate keys, unknown keys and wrong types are errors."""
+
+import json
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from geolora.errors import SettingError
+from geolora.tasks.rows import nearest
+
+FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+"""1e-3, which YAML 1.1 would read as a word."""
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping a YAML file holds, with plain values only.
+
+    Raises:
+        SettingError: missing, not YAML, not a mapping, a key given twice, or an object tag.
+    """
+    import yaml
+    from yaml.composer import ComposerError
+
+    class Loader(yaml.SafeLoader):
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            """The mapping as it is written, before anything is merged into it."""
+            node = super().compose_mapping_node(anchor)
+            seen: set[str] = set()
+            for key, _ in node.value:
+                if not isinstance(key, yaml.ScalarNode):
+                    raise ComposerError(None, None, "a key is no plain word", key.start_mark)
+                if key.value in seen:
+                    line = key.start_mark.line + 1
+                    raise SettingError(
+                        f"{path}: `{key.value}` is given twice (line {line}). Remove one."
+                    )
+                seen.add(key.value)
+            return node
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789."))
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingError(f"{path} cannot be read: {error}.") from error
+    try:
+        found = yaml.load(text, Loader)
+    except SettingError:
+        raise
+    except (yaml.YAMLError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        at = f" in line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "cannot be parsed"
+        raise SettingError(f"{path} is not YAML{at}: {problem}.") from error
+    return mapping(found, str(path))
+
+
+def written(config: Any) -> str:
+    """A dataclass of settings as YAML that `settings_of` reads to the same, each with its help as a comment."""
+    lines = [
+        f"# {spec.metadata['help']}\n{spec.name}: {_scalar(getattr(config, spec.name))}\n"
+        for spec in fields(config)
+    ]
+    return "\n".join(lines)
+
+
+def _scalar(value: Any) -> str:
+    """A word, number, bool or None in YAML; words in quotes, with what does not print escaped."""
+    if not isinstance(value, str):
+        return json.dumps(value)
+    shown = value.replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in shown) + '"'
+
+
+def mapping(value: Any, where: str) -> dict[str, Any]:
+    """The value, if it is a mapping from words.
+
+    Raises:
+        SettingError: it is anything else.
+    """
+    if not isinstance(value, dict):
+        shown = "nothing" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
+        raise SettingError(f"{where} must be a mapping of settings (`key: value`); got {shown}.")
+    return {str(key): inner for key, inner in value.items()}
+
+
+def known_keys(given: Mapping[str, Any], known: Iterable[str], where: str) -> None:
+    """Raise `SettingError` for a key that is not known, with the nearest one."""
+    known = list(known)
+    for key in given:
+        if key not in known:
+            raise SettingError(
+                f"{where}: unknown key `{key}`.{nearest(key, known) or f' Known: {known}.'}"
+            )
+
+
+def settings_of(given: Mapping[str, Any], config: type, where: str) -> dict[str, Any]:
+    """Settings for the fields of a dataclass; `a-b` and `a_b` are the same key.
+
+    Raises:
+        SettingError: an unknown key, a key in both spellings, or a value of another type.
+    """
+    hints = typing.get_type_hints(config)
+    result: dict[str, Any] = {}
+    for key, value in given.items():
+        name = key.replace("-", "_")
+        if name in result:
+            raise SettingError(f"{where}: `{key}` is given twice. Remove one.")
+        known_keys({name: None}, [spec.name for spec in fields(config)], where)
+        result[name] = of_type(value, hints[name], f"{where}: `{key}`")
+    return result
+
+
+def of_type(value: Any, hint: Any, where: str) -> Any:
+    """The value as int, float, str, bool or None, if its type fits the hint.
+
+    Raises:
+        SettingError: it does not; whole numbers are accepted as float, and nothing else is converted.
+    """
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in kinds:
+        return None
+    for kind in kinds:
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        if type(value) is kind:
+            return value
+    wanted = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in kinds)
+    raise SettingError(f"{where} must be {wanted}; got {type(value).__name__} {value!r}.")

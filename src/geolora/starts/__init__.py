@@ -1,0 +1,1 @@
+"""Initialisers: starts of an adapter from the model's own gradient."""

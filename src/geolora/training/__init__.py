@@ -1,0 +1,1 @@
+"""One run: checks, order of batches, checkpoints, output."""

@@ -1,0 +1,180 @@
+"""PEFT's methods through `geolora train`: what is trained is what the file holds, for stock peft."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import geolora
+from geolora.errors import DivergedError, SettingError
+from geolora.pairs.find import find_pairs
+from geolora.pairs.point import read_pair
+from geolora.settings.train_config import TrainConfig, check
+from geolora.tasks.task import Data
+from geolora.tasks.text_classification import labelled_texts
+from geolora.training import run as task
+from geolora.training.recipes import METHODS, TRUNCATED, truncate
+from models import lora_net, tiny_bert
+from rows import reviews
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
+RANK = 6
+LRS = {
+    "geolora": 3e-2,
+    "lora-pro": 1e-2,
+    "lora-sb": 1e-1,
+    "rac-lora": 0.15,
+    "adalora": 5e-2,
+    "rslora": 1e-2,
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("peers") / "model"
+    tiny_bert(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data() -> Data:
+    train, held_out = reviews(120), reviews(60, seed=1)
+    return labelled_texts(train, held_out)
+
+
+def settings(model: Path, method: str, **more: object) -> TrainConfig:
+    budget = 3000 if method == "lora-then-truncate" else None
+    base = TrainConfig(
+        model=str(model), method=method, rank=RANK, lr=LRS.get(method, 2e-2),
+        max_steps=60, batch_size=16,
+        output=str(model.parent / method), budget=budget,
+    )  # fmt: skip
+    return dataclasses.replace(base, **more)
+
+
+@pytest.fixture(scope="module")
+def outcomes(model: Path, data: Data) -> dict[str, task.Outcome]:
+    return {method: task.train(settings(model, method), data) for method in METHODS}
+
+
+# peft 0.21 says this of every AdaLoRA adapter it wrote itself
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match:RuntimeWarning")
+@pytest.mark.parametrize("method", METHODS)
+def test_stock_peft_predicts_what_was_scored(
+    model: Path, data: Data, outcomes: dict[str, task.Outcome], method: str
+) -> None:
+    outcome = outcomes[method]
+    folder = model.parent / method / "adapter"
+    base = AutoModelForSequenceClassification.from_pretrained(model, num_labels=2)
+    loaded = PeftModel.from_pretrained(base, str(folder)).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    texts = [text for (text,) in data.held_out.inputs]
+    with torch.no_grad():
+        logits = loaded(**tokenizer(texts, padding=True, return_tensors="pt")).logits
+    close = (logits[:, 0] - logits[:, 1]).abs() < 1e-4
+    wrong = (logits.argmax(-1) != torch.tensor(outcome.predictions)) & ~close
+    assert not wrong.any()
+    assert outcome.report["value"] > 0.8, "it has learnt something worth the check"
+    assert outcome.report["method"] == method
+
+
+@pytest.mark.parametrize("method", ["lora", "geolora"])
+def test_a_start_from_the_gradient(model: Path, data: Data, method: str) -> None:
+    output = model.parent / f"lora-one-{method}"
+    config = settings(model, method, init="lora-one", lr=0.0, max_steps=2, output=str(output))
+    task.train(config, data)
+    for layer in geolora.inspect(output / "adapter"):
+        assert layer.sigma[0] == pytest.approx(0.05, rel=1e-5), layer.layer
+
+
+def test_the_parameters_are_counted(outcomes: dict[str, task.Outcome]) -> None:
+    reports = {method: outcome.report for method, outcome in outcomes.items()}
+    full = reports["lora"]["adapter_parameters"]
+    for method in ("lora", "rslora", "riemannian", "lora-pro", "lora-sb", "rac-lora"):
+        assert reports[method]["adapter_parameters"] == full
+        assert reports[method]["exported_parameters"] == full
+        assert set(reports[method]["ranks"].values()) == {RANK}
+    assert reports["dora"]["exported_parameters"] == reports["dora"]["adapter_parameters"] > full
+    assert reports["pissa"]["adapter_parameters"] == full
+    assert reports["pissa"]["exported_parameters"] == 2 * full
+    assert len(set(reports["eva"]["ranks"].values())) > 1, "EVA shares ranks out"
+    assert reports["lora-then-truncate"]["adapter_parameters"] <= 3000
+
+
+def test_adalora_gets_its_allocator(outcomes: dict[str, task.Outcome]) -> None:
+    ranks = outcomes["adalora"].report["ranks"].values()
+    assert len(ranks) * RANK * 2 // 3 == sum(ranks)
+    assert len(set(ranks)) > 1
+
+
+def test_methods_differ(outcomes: dict[str, task.Outcome]) -> None:
+    losses = [round(outcome.report["train_loss"], 9) for outcome in outcomes.values()]
+    alike = [("lora", "lora-then-truncate")]  # the same training
+    assert len(set(losses)) == len(losses) - len(alike)
+
+
+def test_truncation_is_the_best_within_the_budget() -> None:
+    torch.manual_seed(0)
+    model = lora_net(r=4)
+    for pair in find_pairs(model):
+        torch.nn.init.normal_(pair.B)
+    energies = [read_pair(p.A, p.B, p.scale).sigma ** 2 for p in find_pairs(model)]
+    costs = [p.d_in + p.d_out for p in find_pairs(model)]
+    for budget in (sum(costs), 130, 200, 4 * sum(costs)):
+        fresh = lora_net(r=4)
+        fresh.load_state_dict(model.state_dict())
+        truncate(fresh, budget)
+        ranks = [pair.r for pair in find_pairs(fresh, TRUNCATED)]
+        used = sum(rank * cost for rank, cost in zip(ranks, costs, strict=True))
+        assert used <= budget
+        shares = [float(e[:rank].sum() / e.sum()) for e, rank in zip(energies, ranks, strict=True)]
+        # one direction more in the layer that has lost most would not fit
+        worst = min(range(len(ranks)), key=lambda i: shares[i])
+        assert ranks[worst] == 4 or used + costs[worst] > budget
+    with pytest.raises(SettingError, match="must hold one direction in every layer"):
+        truncate(lora_net(r=4), sum(costs) - 1)
+
+
+def test_eva_sees_rows_enough_for_a_pooler(model: Path, data: Data) -> None:
+    """PEFT waits for ever for a layer that sees fewer vectors in a batch than it has directions."""
+    config = settings(model, "eva", batch_size=4, output=str(model.parent / "small-batches"))
+    assert task.train(config, data).report["steps"] == 60
+    few = Data(data.train.at(range(10)), data.held_out, data.names)
+    config = settings(model, "eva", max_steps=2, batch_size=5, output=str(model.parent / "few"))
+    with pytest.raises(SettingError, match="`--rank` 6 with eva needs 12 training rows or more"):
+        task.train(config, few)
+
+
+@pytest.mark.filterwarnings("ignore:.*(overflow|invalid value).*:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore::geolora.errors.SkippedStepWarning")
+@pytest.mark.parametrize("method", ["lora", "eva", "riemannian", "adalora"])
+def test_a_peer_that_diverges_is_an_error(model: Path, data: Data, method: str) -> None:
+    output = model.parent / f"diverged-{method}"
+    config = settings(model, method, lr=1e30, max_steps=12, output=str(output))
+    with pytest.raises(DivergedError, match="training diverged: after step .* Lower `--lr`"):
+        task.train(config, data)
+    assert not (output / "report.json").exists()
+    assert not (output / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        ({"method": "lora", "budget": 9}, "`--budget` belongs to geolora, lora-then-truncate; got"),
+        ({"method": "adalora", "rank": 1}, "`--rank` must be 2 or more with adalora"),
+        ({"method": "lora-then-truncate"}, "`--budget` must be given with lora-then-truncate"),
+        ({"method": "dora", "start_rank": 2}, "`--start-rank` belongs to --method geolora"),
+        ({"method": "pissa", "init": "gaussian"}, "`--init` must be default with pissa"),
+        ({"method": "dora", "init": "lora-one"}, "`--init lora-one` needs plain LoRA pairs"),
+        ({"method": "geolora", "init": "lora-ga"}, "`--init lora-ga` belongs to lora and rslora"),
+        ({"method": "lora", "init": "lora-ga", "rank": 5}, "`--rank` must be even"),
+        ({"init": "lora-one", "start_rank": 2}, "`--start-rank` belongs to --init default"),
+        ({"method": "adalora", "save_every": 5}, "`--save-every` cannot be used with adalora"),
+    ],
+)
+def test_flags_belong_to_methods(more: dict, message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        check(TrainConfig(model="m", output="none-such", **more))
