@@ -29,7 +29,7 @@ from geolora.pairs.find import (
     unpaired_lora_layers,
 )
 from geolora.pairs.point import read_pair, slot_ranks, to_pair
-from geolora.pairs.sharded import is_first, whole, write
+from geolora.pairs.sharded import gathered, is_first, write_factors
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -146,7 +146,7 @@ def prune(
             torch.tensor(pair.scale, device=keep.device).double(),
             torch.tensor(pair.r, device=keep.device),
         )
-        write([pair.A, pair.B], [A, B])
+        write_factors([pair.A, pair.B], [A, B])
     return result
 
 
@@ -290,7 +290,7 @@ def export(
     )
 
     folder = Path(path)
-    copies = {k: whole(v).detach().cpu().clone().contiguous() for k, v in tensors.items()}
+    copies = {k: gathered(v).detach().cpu().clone().contiguous() for k, v in tensors.items()}
     config = _exported_config(model, adapter_name, pairs, layout, widths)
     lost = sum(float((s[kept[name] :] ** 2).sum()) for name, (_, s, _) in points.items())
     total = sum(float((s**2).sum()) for _, s, _ in points.values())
@@ -319,7 +319,7 @@ def export(
 
 def _factors(pair: Pair) -> tuple[Tensor, Tensor]:
     """A (r, d_in) and B (d_out, r), gathered where they are sharded."""
-    return whole(pair.A).flatten(1), whole(pair.B).flatten(1)
+    return gathered(pair.A).flatten(1), gathered(pair.B).flatten(1)
 
 
 def _points(

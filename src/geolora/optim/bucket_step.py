@@ -15,8 +15,8 @@ from geolora.kernels.augment import Span, look, moved, together
 from geolora.kernels.tangent import transport
 from geolora.methods import geolora as method
 from geolora.optim.buckets import new_probes, pairs_of, stacked_gradients
-from geolora.pairs.point import sized
-from geolora.pairs.sharded import is_sharded, write
+from geolora.pairs.point import scaled_pair
+from geolora.pairs.sharded import is_sharded, write_factors
 
 PART = {"cpu": 1 << 21, "cuda": 1 << 28}
 """Bytes in float64 of what the layers of one part see: what the cache holds for each core, or what a launch is worth."""
@@ -200,7 +200,7 @@ class Work:
         whole = self.fresh or grows or self.sharded or self.keep is not None
         width = self.slots if whole else part.width
         U, V = (self.rows(key, part, width).mT for key in ("U", "V"))
-        A, B = sized(U, V, *(self.first(self.of(size, part), width) for size in (on_A, on_B)))
+        A, B = scaled_pair(U, V, *(self.first(self.of(size, part), width) for size in (on_A, on_B)))
         targets, sources = [], []
         for layer, a, b in zip(part.layers, A.unbind(), B.unbind(), strict=True):
             if self.live[layer] or self.keep is not None:
@@ -208,7 +208,7 @@ class Work:
                 targets += on if width == self.slots else [on[0][:width], on[1][:, :width]]
                 sources += [a, b]
         if targets:
-            write(targets, sources)
+            write_factors(targets, sources)
 
     def _move(self, part: Part, turn: method.Turn) -> None:
         live, width = self.live_of(part), part.width

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from geolora.errors import StateError
 from geolora.pairs.find import Pair
-from geolora.pairs.sharded import part, whole
+from geolora.pairs.sharded import gathered, local_shard
 
 REFERENCE_WIDTH = 1024.0
 """Width of a model at which an adaptive step of a square layer has spectral norm lr."""
@@ -173,7 +173,7 @@ def stacked_gradients(params: list[Tensor], dtype: torch.dtype) -> tuple[Tensor,
     """Gradients of all A (n, r, d_in) and all B (n, d_out, r); zero where there is none."""
 
     def stack(side: list[Tensor]) -> Tensor:
-        grads = [whole(torch.zeros_like(p) if p.grad is None else p.grad) for p in side]
+        grads = [gathered(torch.zeros_like(p) if p.grad is None else p.grad) for p in side]
         return torch.stack([g if g.dim() == 2 else g.flatten(1) for g in grads]).to(dtype)
 
     return stack(params[::2]), stack(params[1::2])
@@ -185,7 +185,7 @@ def not_finite(groups: Iterable[dict[str, Any]]) -> list[str]:
         name
         for group in groups
         for name, pair in zip(group["layers"], pairs_of(group["params"]), strict=True)
-        if any(p.grad is not None and not whole(p.grad).isfinite().all() for p in pair)
+        if any(p.grad is not None and not gathered(p.grad).isfinite().all() for p in pair)
     ]
 
 
@@ -227,4 +227,4 @@ def scales_of(group: dict[str, Any], like: Tensor) -> Tensor:
 
 def fingerprints(params: list[Tensor]) -> list[tuple[int, int]]:
     """What changes when a parameter is written or swapped by somebody else."""
-    return [(p._version, part(p).data_ptr()) for p in params]
+    return [(p._version, local_shard(p).data_ptr()) for p in params]

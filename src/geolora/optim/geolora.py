@@ -52,8 +52,8 @@ from geolora.pairs.find import (
     refuse_unreachable,
     unpaired_lora_layers,
 )
-from geolora.pairs.point import balanced_maps, read_pair, sized, slot_ranks, slot_sizes
-from geolora.pairs.sharded import whole
+from geolora.pairs.point import balanced_maps, read_pair, scaled_pair, slot_lengths, slot_ranks
+from geolora.pairs.sharded import gathered
 
 MOMENTS = ("adaptive", "momentum", "none")
 DEFAULT_LR = {"adaptive": 7e-3, "momentum": 1e-2, "none": 1e-1}
@@ -289,11 +289,11 @@ class GeoLoRA(torch.optim.Optimizer):
         if seen is not None and seen.prints == prints:
             return (seen.right.diag_embed(), seen.left.diag_embed()), False
         scale, settled = self._constants(index, group, state)
-        sizes = slot_sizes(state["sigma"], scale, settled)
+        sizes = slot_lengths(state["sigma"], scale, settled)
         maps = balanced_maps(scale, *sizes)
         right, left = (slots.diag_embed() for slots in maps)
-        A, B = sized(state["U"], state["V"], *sizes)
-        factors = [whole(p) for p in group["params"]]
+        A, B = scaled_pair(state["U"], state["V"], *sizes)
+        factors = [gathered(p) for p in group["params"]]
         stale = [
             i
             for i, (a, b) in enumerate(pairs_of(factors))
@@ -338,7 +338,7 @@ class GeoLoRA(torch.optim.Optimizer):
         """True, with one warning naming the layers, where a gradient is NaN or infinite."""
         rest = [g for group in self._rest() for p in group["params"] if (g := p.grad) is not None]
         totals = [total(g) for work in works for g in work.all_gradients()]
-        totals += [total(whole(g)) for g in rest]
+        totals += [total(gathered(g)) for g in rest]
         groups = self._geometric()
         return to_be_skipped("GeoLoRA", groups[0], totals, lambda: not_finite(groups))
 
@@ -505,7 +505,7 @@ class GeoLoRA(torch.optim.Optimizer):
                 work.state["sigma"].copy_(work.sigma())
             constants = [self._constants(work.place, work.group, work.state) for work in due]
             scale, settled = (torch.cat(part) for part in zip(*constants, strict=True))
-            sizes = slot_sizes(torch.cat([work.state["sigma"] for work in due]), scale, settled)
+            sizes = slot_lengths(torch.cat([work.state["sigma"] for work in due]), scale, settled)
             found = (*sizes, *balanced_maps(scale, *sizes))
             shares = zip(*(part.split(counts) for part in found), strict=True)
             for work, (on_A, on_B, right, left) in zip(due, shares, strict=True):

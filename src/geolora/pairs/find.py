@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 from geolora.errors import BudgetError, PairingError, SettingError, SetupError, at_most_three
-from geolora.pairs.sharded import part, whole
+from geolora.pairs.sharded import gathered, local_shard
 
 PREFIX = "base_model.model."
 WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")
@@ -90,7 +90,7 @@ def find_pairs(
     """
     adapter = adapter_of(model, adapter_name)
     pairs = []
-    for name, layer in _lora_layers(model):
+    for name, layer in lora_layers(model):
         if adapter in layer.lora_A:
             _refuse(name, layer, adapter, with_experts)
             pair = Pair(
@@ -114,10 +114,11 @@ def find_pairs(
 def unpaired_lora_layers(model: nn.Module, adapter_name: str | None = None) -> list[str]:
     """Names of the adapter's LoRA layers that are no pairs (embeddings)."""
     adapter = adapter_of(model, adapter_name)
-    return [name for name, layer in _lora_layers(model) if adapter in layer.lora_embedding_A]
+    return [name for name, layer in lora_layers(model) if adapter in layer.lora_embedding_A]
 
 
-def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """(name in the base model, layer) of every LoRA layer of a model, PEFT's subclasses included."""
     from peft.tuners.lora import LoraLayer
 
     for name, module in model.named_modules():
@@ -127,7 +128,7 @@ def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def adapter_of(model: nn.Module, adapter_name: str | None = None) -> str:
     """The adapter of that name, or the active one; raises as `find_pairs`."""
-    layers = list(_lora_layers(model))
+    layers = list(lora_layers(model))
     if not layers:
         raise PairingError(
             "geolora: `model` must have LoRA layers; found none. "
@@ -175,7 +176,7 @@ def _refuse(name: str, layer: Any, adapter: str, with_experts: bool) -> None:
 
 def _check(pair: Pair, with_sharded: bool) -> None:
     factors = (pair.A, pair.B)
-    refuse_unreachable(pair.name, *(map(whole, factors) if with_sharded else factors))
+    refuse_unreachable(pair.name, *(map(gathered, factors) if with_sharded else factors))
     if pair.r > min(pair.d_out, pair.d_in):
         raise SettingError(
             f"geolora: rank must be at most min(d_out, d_in); got r={pair.r} for "
@@ -192,14 +193,14 @@ def factor_modules(model: nn.Module, adapter: str) -> dict[str, tuple[nn.Module,
     """{layer: the modules whose `weight` is A, and B} of an adapter's pairs."""
     return {
         name: (layer.lora_A[adapter], layer.lora_B[adapter])
-        for name, layer in _lora_layers(model)
+        for name, layer in lora_layers(model)
         if adapter in layer.lora_A
     }
 
 
 def refuse_unused(model: nn.Module, adapter: str) -> None:
     """Raise `SetupError` where the forward pass does not go through the adapter."""
-    for name, layer in _lora_layers(model):
+    for name, layer in lora_layers(model):
         if adapter in layer.lora_A and (
             adapter not in layer.active_adapters or layer.disable_adapters or layer.merged
         ):
@@ -274,7 +275,7 @@ def _refuse_tied(pairs: list[Pair]) -> None:
     seen: dict[int, str] = {}
     for pair in pairs:
         for factor in (pair.A, pair.B):
-            pointer = part(factor).untyped_storage().data_ptr()
+            pointer = local_shard(factor).untyped_storage().data_ptr()
             if pointer and pointer in seen:
                 names = at_most_three([seen[pointer], pair.name])
                 raise PairingError(

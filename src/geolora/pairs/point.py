@@ -47,11 +47,11 @@ def to_pair(
         scale: (*batch,), LoRA's factor s = alpha / r or alpha / sqrt(r), positive.
         settled: (*batch,) integers, how many leading slots have been judged.
     """
-    return sized(U, V, *slot_sizes(sigma, scale, settled))
+    return scaled_pair(U, V, *slot_lengths(sigma, scale, settled))
 
 
-def sized(U: Tensor, V: Tensor, on_A: Tensor, on_B: Tensor) -> tuple[Tensor, Tensor]:
-    """The pair (A, B) of bases whose slots have the lengths (*batch, r) given."""
+def scaled_pair(U: Tensor, V: Tensor, on_A: Tensor, on_B: Tensor) -> tuple[Tensor, Tensor]:
+    """The pair (A, B): row i of A is on_A_i v_i^T, column i of B is on_B_i u_i; on_A, on_B (*batch, r)."""
     return (V * on_A.unsqueeze(-2)).mT, U * on_B.unsqueeze(-2)
 
 
@@ -61,7 +61,7 @@ def balanced_maps(scale: Tensor, on_A: Tensor, on_B: Tensor) -> tuple[Tensor, Te
     return (scale * on_A).reciprocal(), (scale * on_B).reciprocal()
 
 
-def slot_sizes(sigma: Tensor, scale: Tensor, settled: Tensor) -> tuple[Tensor, Tensor]:
+def slot_lengths(sigma: Tensor, scale: Tensor, settled: Tensor) -> tuple[Tensor, Tensor]:
     """Length of A's row and B's column per slot (*batch, r); 1 where sigma = 0 (a probe, or an idle zero)."""
     active = sigma > 0
     root = torch.where(active, (sigma / scale.unsqueeze(-1)).sqrt(), 1.0)

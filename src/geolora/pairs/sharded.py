@@ -1,4 +1,4 @@
-"""Factors that are sharded over processes (FSDP2's DTensors): gathered to be read, each part written where it lies."""
+"""Factors that are sharded over processes (FSDP2's DTensors): gathered to read them, written shard by shard."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,42 +12,48 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor, gathered from all processes where it is sharded; all must ask."""
+def gathered(tensor: Tensor) -> Tensor:
+    """The full tensor. Where it is sharded, every process must call: its shards are sent around."""
     sharded: Any = tensor
     return sharded.full_tensor() if is_sharded(tensor) else tensor
 
 
-def part(tensor: Tensor) -> Tensor:
-    """What of a tensor lies in this process."""
+def local_shard(tensor: Tensor) -> Tensor:
+    """The shard of a tensor that this process holds; the tensor itself where it is not sharded."""
     sharded: Any = tensor
     return sharded.to_local() if is_sharded(tensor) else tensor
 
 
 def is_first(model: nn.Module) -> bool:
-    """Whether this process is the one to write files of a model: any, unless it is sharded."""
+    """Whether this process writes the files of a model: process 0 of a sharded model, else any."""
     sharded = any(is_sharded(parameter) for parameter in model.parameters())
     return not sharded or distributed.get_rank() == 0
 
 
-def write(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copy whole tensors, the same in all processes, into parameters of as many numbers: each process its part."""
-    parts = [_part_like(target, source) for target, source in zip(targets, sources, strict=True)]
-    torch._foreach_copy_([part(target) for target in targets], parts)  # pyright: ignore[reportPrivateImportUsage]
-    for target in targets:
-        if is_sharded(target):
+def write_factors(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Copy full tensors into parameters; where those are sharded, each process writes its own shard.
+
+    Args:
+        parameters: what to write to.
+        values: as many numbers each, the same in all processes; a kernel may be given flattened.
+    """
+    shards = [_shard_like(*both) for both in zip(parameters, values, strict=True)]
+    torch._foreach_copy_([local_shard(target) for target in parameters], shards)  # pyright: ignore[reportPrivateImportUsage]
+    for target in parameters:
+        if is_sharded(target):  # writing to a shard does not count as a change of its DTensor
             torch.autograd.graph.increment_version(target)
 
 
-def _part_like(target: Tensor, source: Tensor) -> Tensor:
-    if source.shape != target.shape:  # a kernel
-        source = source.view(target.shape)
-    if not is_sharded(target):
-        return source
+def _shard_like(parameter: Tensor, value: Tensor) -> Tensor:
+    """The numbers of `value` that belong into this process's shard of `parameter`."""
+    if value.shape != parameter.shape:  # a kernel
+        value = value.view(parameter.shape)
+    if not is_sharded(parameter):
+        return value
     from torch.distributed.tensor import distribute_tensor
 
-    sharded: Any = target
+    sharded: Any = parameter
     laid = distribute_tensor(
-        source.to(sharded.dtype), sharded.device_mesh, sharded.placements, src_data_rank=None
+        value.to(sharded.dtype), sharded.device_mesh, sharded.placements, src_data_rank=None
     )
     return laid.to_local()
