@@ -14,7 +14,7 @@ import sys
 from geolora.comparing.plan import Cell, read_plan
 from geolora.comparing.summary import summarise
 from geolora.report.comparison import figures, table
-from geolora.training.checkpoints import write_json
+from geolora.files import write_json
 from geolora.training.run import load
 
 NAME = re.compile(r"([^/]+)/([^/]+)/lr-([^/]+)/seed-(\d+)\.json$")

@@ -22,13 +22,14 @@ TABLE = """
     cli.demo_texts             : errors
     cli.export                 : adapters training
     cli.inspect                : adapters errors report
-    cli.plot                   : errors report tasks training
+    cli.plot                   : errors files report tasks training
     cli.train                  : processes settings training cli.plot
     cli.verify                 : adapters
     comparing.plan             : errors settings
-    comparing.run              : errors processes settings tasks training comparing.plan comparing.summary
+    comparing.run              : errors files processes settings tasks training comparing.plan comparing.summary
     comparing.summary          : tasks comparing.plan
     errors                     :
+    files                      :
     kernels.augment            : kernels.decompose
     kernels.decompose          :
     kernels.sketch             :
@@ -58,34 +59,34 @@ TABLE = """
     pairs.sharded              :
     processes                  :
     report.blocks              :
-    report.comparison          : report.figures report.inline report.layout report.panels
-    report.figures             : report.layout
+    report.comparison          : files report.figures report.inline report.layout report.panels
+    report.figures             : files report.layout
     report.inline              : report.blocks
     report.layout              :
-    report.pages               : report.blocks report.figures report.inline report.panels
+    report.pages               : files report.blocks report.figures report.inline report.panels
     report.panels              : report.figures
     report.shape               :
     report.text                : report.layout
-    settings.strict_yaml       : errors tasks
-    settings.train_config      : errors processes tasks training
+    settings.strict_yaml       : errors
+    settings.train_config      : errors files processes tasks training
     starts.gradient_pass       : errors kernels pairs
     starts.gradient_state      : adapters errors kernels methods pairs starts.gradient_pass starts.step_length
     starts.step_length         : errors pairs starts.gradient_pass
     tasks.causal_lm            : errors processes settings tasks.rows tasks.task tasks.tokenizers
     tasks.image_classification : errors settings tasks.rows tasks.task tasks.text_classification
     tasks.metrics              :
-    tasks.rows                 : errors
+    tasks.rows                 : errors files
     tasks.task                 : errors processes settings tasks.rows
     tasks.text_classification  : settings tasks.rows tasks.task tasks.tokenizers
     tasks.token_classification : errors settings tasks.rows tasks.task tasks.tokenizers
     tasks.tokenizers           : errors settings
     trainer                    : errors optim
     training.batch_order       :
-    training.checkpoints       : errors processes
+    training.checkpoints       : errors files processes
     training.output_folder     : errors
     training.peak_memory       :
     training.recipes           : adapters errors pairs settings starts trainer
-    training.run               :  errors processes settings tasks trainer training.batch_order training.checkpoints training.output_folder training.peak_memory training.recipes
+    training.run               : errors files processes settings tasks trainer training.batch_order training.checkpoints training.output_folder training.peak_memory training.recipes
 """
 """Module : what it may import of ours: whole rooms (folders, or files at the top), and files of its own room.
 

@@ -21,8 +21,12 @@
     ├── DataWarning                           rows of a file that are left out
     └── CheckpointWarning                     a checkpoint not used, or saved because the run is to stop
 
-On the command line each error is one line on stderr and exit code 2.
+On the command line each error is one line on stderr and exit code 2. At the end: what messages are built with.
 """
+
+import difflib
+import re
+from collections.abc import Iterable
 
 
 class GeoloraError(Exception):
@@ -108,5 +112,24 @@ class CheckpointWarning(GeoloraWarning):
 
 def at_most_three(names: list[str]) -> str:
     """Join names for a message: three at most, then a count of the rest."""
-    shown = ", ".join(names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+    text = ", ".join(names[:3])
+    return text if len(names) <= 3 else f"{text} and {len(names) - 3} more"
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """ " Did you mean `x`?" for the closest known word, or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" Did you mean `{close[0]}`?" if close else ""
+
+
+def shown(value: object) -> str:
+    """A value out of a file for a message: on one line, and short."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:60]}…{text[-15:]}"
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception of another library says, on one line, without a full stop; its class where it says nothing."""
+    lines = str(error).strip().splitlines()
+    text = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])
+    return re.sub(r"\s+", " ", text).rstrip(".") or type(error).__name__

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from geolora.errors import CheckpointWarning
-from geolora.training.checkpoints import SEAL, flaw, latest, seal, write_json
+from geolora.files import write_json
+from geolora.training.checkpoints import SEAL, flaw, latest, seal
 
 RUN = "this run"
 

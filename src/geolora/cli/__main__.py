@@ -9,8 +9,7 @@ from importlib import metadata
 from typing import NoReturn
 
 from geolora.cli import compare, demo, export, inspect, plot, train, verify
-from geolora.errors import GeoloraError
-from geolora.tasks.rows import nearest
+from geolora.errors import GeoloraError, nearest
 
 COMMANDS = {
     "demo": demo,

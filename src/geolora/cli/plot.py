@@ -1,11 +1,11 @@
 """geolora plot: redraw the figures and report.html of finished runs and comparisons."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from geolora.errors import DataError
+from geolora.files import read_json
 
 EXAMPLES = """examples:
   geolora plot out
@@ -103,8 +103,8 @@ def _read(folder: Path) -> dict[str, Any] | None:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return read_json(path)
+    except (OSError, ValueError) as error:
         raise DataError(f"plot: {path} is not JSON, or cannot be read.") from error
 
 

@@ -7,7 +7,6 @@ grid, `summary.py` computes the numbers of `comparison.json`, `report/comparison
 """
 
 import hashlib
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -20,9 +19,9 @@ from geolora import processes
 from geolora.comparing.plan import GRID, Cell, Plan
 from geolora.comparing.summary import summarise
 from geolora.errors import GradientError, OutputError, SettingError
+from geolora.files import read_json, write_json
 from geolora.settings.train_config import DEFAULTS, TrainConfig, check, unfinished
 from geolora.tasks.task import Data, Rows
-from geolora.training.checkpoints import write_json
 from geolora.training.output_folder import alone, check_output, clear, writing
 from geolora.training.run import base_id, load, train
 
@@ -73,7 +72,7 @@ def run_all(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
             clear(cell.config.output)  # only now: a run that is not on file must not be lost
             left = (time.perf_counter() - begun) / number * (len(todo) - number)
             say(f"{number}/{len(todo)}  {cell.name}  {_short(result)}; {left / 60:.0f} min left")
-        results = [(cell, json.loads(_file(plan, cell).read_text())) for cell in plan.cells]
+        results = [(cell, read_json(_file(plan, cell))) for cell in plan.cells]
         summary = summarise(results, plan.against, plan.choose_on)
         write_json(marker, summary)
     return summary
@@ -122,7 +121,7 @@ def _done(plan: Plan, cell: Cell, data: Data) -> bool:
     if not path.exists():
         return False
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = read_json(path)
         settings, theirs = saved["settings"], saved["data"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SettingError(f"{path} is not the file of a run. Remove it.") from error

@@ -1,10 +1,10 @@
 """Table and figures of a comparison, drawn from its comparison.json; no number is computed here."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from geolora.files import read_json
 from geolora.report import panels
 from geolora.report.figures import can_draw, draw_map
 from geolora.report.inline import plain_names
@@ -48,7 +48,7 @@ def figures(folder: str | Path) -> list[Path]:
     if not can_draw():
         return []
     folder = Path(folder)
-    summary = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
+    summary = read_json(folder / "comparison.json")
     with plain_names():
         drawn = {
             "score_against_parameters.png": _panels(summary, panels.against_parameters),

@@ -3,12 +3,12 @@
 They need the `plots` extra.
 """
 
-import json
 from importlib.util import find_spec
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
+from geolora.files import read_json
 from geolora.report.layout import depth_order, places, rank_table
 
 NAMES = ("ranks.png", "spectra.png")
@@ -35,7 +35,7 @@ def rank_map(folder: str | Path, lower_is_better: bool = False) -> Path | None:
     if not can_draw():
         return None
     folder = Path(folder)
-    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    report = read_json(folder / "report.json")
     figure = map_figure(report["ranks"], max([1, *report["ranks"].values()]))
     figure.axes[0].set_title(
         f"ranks found by {report['method']}: {report['adapter_parameters']:,} parameters, "

@@ -1,10 +1,10 @@
 """report.html of a comparison or a run: one file that needs no other, drawn from their JSON alone."""
 
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from geolora.files import read_json
 from geolora.report import panels
 from geolora.report.blocks import (
     Markup,
@@ -33,7 +33,7 @@ NOT_SETTINGS = ("data", "output", "overwrite")
 def write_comparison(folder: str | Path) -> Path:
     """Write the page of the comparison in a folder, from its comparison.json."""
     folder = Path(folder)
-    summary = _read(folder / "comparison.json")
+    summary = read_json(folder / "comparison.json")
     methods = list(dict.fromkeys(row["method"] for row in summary["rows"]))
     tasks = panels.tasks(summary)
     title = f"{_count(methods, 'method')} on {_count(tasks, 'task')}, compared by geolora"
@@ -67,9 +67,9 @@ def write_run(folder: str | Path, lower_is_better: bool = False) -> Path:
         lower_is_better: whether less of the run's metric is better.
     """
     folder = Path(folder)
-    report = _read(folder / "report.json")
-    history = _read(folder / "history.json") if (folder / "history.json").exists() else []
-    settings = _read(folder / "run.json") if (folder / "run.json").exists() else {}
+    report = read_json(folder / "report.json")
+    history = read_json(folder / "history.json") if (folder / "history.json").exists() else []
+    settings = read_json(folder / "run.json") if (folder / "run.json").exists() else {}
     metric = report["metric"] + " (lower is better)" * lower_is_better
     title = f"{report['method']} on {report['task']}: {report['metric']} {report['value']:.4f}"
     ranks = list(report["ranks"].values())
@@ -319,10 +319,6 @@ def _lr(value: Any) -> str:
 
 def _count(things: list[Any], name: str) -> str:
     return f"{len(things)} {name}{'s' * (len(things) != 1)}"
-
-
-def _read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _write(folder: Path, text: str) -> Path:

@@ -9,8 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from geolora.errors import SettingError
-from geolora.tasks.rows import nearest
+from geolora.errors import SettingError, nearest
 
 FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 """1e-3, which YAML 1.1 would read as a word."""

@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 
-from geolora.errors import DataError, DataWarning, ModelError, SettingError
+from geolora.errors import DataError, DataWarning, ModelError, SettingError, nearest
 from geolora.processes import one_device
 from geolora.settings.train_config import TrainConfig
-from geolora.tasks.rows import nearest
 from geolora.tasks.task import Data, Loaded, Predictions, Rows, Task, loading, rows_of, source_of
 from geolora.tasks.tokenizers import limit, max_length, pad
 

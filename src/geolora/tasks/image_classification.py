@@ -9,10 +9,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from geolora.errors import DataError, SettingError
+from geolora.errors import DataError, SettingError, nearest
 from geolora.settings.train_config import TrainConfig
 from geolora.tasks.rows import column as column_of
-from geolora.tasks.rows import nearest
 from geolora.tasks.task import (
     Data,
     Loaded,

@@ -1,30 +1,23 @@
 """Rows from files or the hub, and checks that say what is wrong with them in one line."""
 
 import csv
-import difflib
 import gzip
-import json
 import math
 import re
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from geolora.errors import DataError
+from geolora.errors import DataError, first_line, nearest
+from geolora.files import parse_json
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
 HUB = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))??(?::(\w+(?:\[[^\]]*\])?))?$")
 """owner/name, owner/name:split or owner/name:config:split."""
 SPLITS = {"--train": "train", "--eval": "validation"}
 Row = dict[str, Any]
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """ " Did you mean `x`?" for the closest known word, or nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f" Did you mean `{close[0]}`?" if close else ""
 
 
 def read_rows(source: str | Path, flag: str) -> list[Row]:
@@ -51,8 +44,7 @@ def read_rows(source: str | Path, flag: str) -> list[Row]:
     try:
         rows = _reader_of(path, flag)(path)
     except (ValueError, OSError, EOFError, csv.Error, zlib.error) as error:
-        first = str(error).strip().splitlines()[0]
-        raise DataError(f"`{flag}`: {path} cannot be read: {first}.") from error
+        raise DataError(f"`{flag}`: {path} cannot be read: {first_line(error)}.") from error
     if not rows:
         raise DataError(f"`{flag}` must have rows; {path} is empty.")
     return rows
@@ -94,9 +86,9 @@ def _read_hub(source: str, flag: str) -> list[Row]:
         loaded = datasets.load_dataset(name, config, split=split or SPLITS[flag])
     # any of a dozen classes of three packages: the network, the name, the config, the split
     except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
-            f"`{flag}`: no file {source}, and as a data set of the hub it cannot be loaded: {first}"
+            f"`{flag}`: no file {source}, and as a data set of the hub it cannot be loaded: "
+            f"{first_line(error)}."
         ) from error
     rows: list[Row] = list(loaded)  # pyright: ignore[reportAssignmentType]
     if not rows:
@@ -117,7 +109,7 @@ def _read_jsonl(path: Path) -> list[Row]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = parse_json(line)
             except ValueError as error:
                 raise ValueError(f"line {number} is not JSON ({error})") from error
             if not isinstance(row, dict):

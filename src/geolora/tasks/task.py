@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch.utils.data import Subset
 
-from geolora.errors import DataError, ModelError
+from geolora.errors import DataError, ModelError, first_line
 from geolora.processes import one_device
 from geolora.tasks.rows import read_rows
 
@@ -219,8 +219,9 @@ def loading(config: "TrainConfig", load: Callable[[str], Any]) -> Any:
     try:
         return load(source)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ModelError(f"`--model`: {config.model} cannot be loaded: {first}") from error
+        raise ModelError(
+            f"`--model`: {config.model} cannot be loaded: {first_line(error)}."
+        ) from error
     finally:
         logging.set_verbosity(level)
 

@@ -5,7 +5,6 @@ written last and at once, holds the size and hash of every file and which run it
 """
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -17,6 +16,7 @@ from typing import Any
 
 from geolora import processes
 from geolora.errors import CheckpointWarning
+from geolora.files import read_json, write_json
 
 SEAL = "geolora.json"
 FOREIGN = "belongs to another run"
@@ -24,16 +24,6 @@ FOREIGN = "belongs to another run"
 
 class Stopped(KeyboardInterrupt):
     """A run that was asked to stop (Ctrl-C, SIGTERM) and has saved a checkpoint."""
-
-
-def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
-    """Write JSON so that a reader sees the whole file or none, also after a power cut."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=indent) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def flush(folder: Path) -> None:
@@ -76,7 +66,7 @@ def rotate(folder: Path, run: str, newest: Path) -> None:
 def flaw(checkpoint: Path, run: str) -> str | None:
     """What is wrong with a checkpoint, in a few words; None where it can be used."""
     try:
-        sealed = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
+        sealed = read_json(checkpoint / SEAL)
         files, owner = dict(sealed["files"]), sealed["run"]
     except FileNotFoundError:
         return "was not written to its end"
