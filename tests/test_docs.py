@@ -16,7 +16,6 @@ import geolora
 from geolora.cli.__main__ import build_parser
 from geolora.methods import METHODS
 from geolora.settings.train_config import TrainConfig, check
-from geolora.training import recipes as peers
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -73,9 +72,7 @@ def test_every_task_and_method_is_described() -> None:
     table = PAGES["methods.md"]
     for name, method in METHODS.items():
         assert method.arxiv in table
-        assert f"--method {name}`" in table or f"--init {name}`" in table
-    ours = set(METHODS)
-    assert [name for name in peers.METHODS if name not in ours and f"`{name}`" not in table] == []
+        assert any(f"{start}{name}`" in table for start in ("--method ", "--init ", "`")), name
 
 
 def test_links_lead_to_files() -> None:

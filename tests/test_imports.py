@@ -27,7 +27,7 @@ TABLE = """
     cli.verify                 : adapters
     comparing.plan             : errors settings
     comparing.run              : errors files processes settings tasks training comparing.plan comparing.summary
-    comparing.summary          : tasks comparing.plan
+    comparing.summary          : comparing.plan methods tasks
     errors                     :
     files                      :
     kernels.augment            : kernels.decompose
@@ -36,7 +36,7 @@ TABLE = """
     kernels.solve              :
     kernels.tangent            :
     kernels.truncate           :
-    methods                    : methods.geolora methods.lora_ga methods.lora_one methods.lora_pro methods.lora_sb methods.rac_lora methods.riemannian
+    methods                    : errors
     methods.geolora            : kernels
     methods.lora_ga            :
     methods.lora_one           :
@@ -44,6 +44,9 @@ TABLE = """
     methods.lora_sb            :
     methods.rac_lora           :
     methods.riemannian         : kernels
+    optim.lora                 : errors
+    training.peft_recipes      : adapters errors pairs training.recipes
+    adapters.truncate          : errors pairs
     optim.adamw                :
     optim.base                 : errors pairs optim.adamw optim.buckets optim.nonfinite
     optim.bucket_step          : kernels methods pairs optim.buckets
@@ -68,7 +71,7 @@ TABLE = """
     report.shape               :
     report.text                : report.layout
     settings.strict_yaml       : errors
-    settings.train_config      : errors files processes tasks training
+    settings.train_config      : errors methods processes tasks training
     starts.gradient_pass       : errors kernels pairs
     starts.gradient_state      : adapters errors kernels methods pairs starts.gradient_pass starts.step_length
     starts.step_length         : errors pairs starts.gradient_pass
@@ -80,13 +83,13 @@ TABLE = """
     tasks.text_classification  : settings tasks.rows tasks.task tasks.tokenizers
     tasks.token_classification : errors settings tasks.rows tasks.task tasks.tokenizers
     tasks.tokenizers           : errors settings
-    trainer                    : errors optim
+    trainer                    : errors methods optim
     training.batch_order       :
     training.checkpoints       : errors files processes
     training.output_folder     : errors
     training.peak_memory       :
-    training.recipes           : adapters errors pairs settings starts trainer
-    training.run               : errors files processes settings tasks trainer training.batch_order training.checkpoints training.output_folder training.peak_memory training.recipes
+    training.recipes           : adapters errors methods pairs settings starts trainer
+    training.run               : errors files methods processes settings tasks trainer training.batch_order training.checkpoints training.output_folder training.peak_memory training.recipes
 """
 """Module : what it may import of ours: whole rooms (folders, or files at the top), and files of its own room.
 
@@ -213,7 +216,10 @@ def test_few_files_know_peft() -> None:
     knowing = {name for name, others in GRAPH.others.items() if "peft" in others}
     rooms = {name.partition(".")[0] for name in knowing}
     assert rooms == {"adapters", "pairs", "training"}
-    assert {name for name in knowing if name.startswith("training")} == {"training.recipes"}
+    assert {name for name in knowing if name.startswith("training")} == {
+        "training.recipes",
+        "training.peft_recipes",
+    }
 
 
 def test_importing_loads_torch_at_most() -> None:
@@ -259,12 +265,17 @@ def test_errors_are_drawn_in_their_docstring() -> None:
             assert issubclass(kind, errors.GeoloraError | errors.GeoloraWarning)
 
 
-def test_methods_are_listed_with_their_paper() -> None:
-    from geolora.methods import METHODS
+def test_the_table_of_methods_is_read_without_torch() -> None:
+    code = "import sys, geolora.methods; print('torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "False"
+
+
+def test_every_paper_file_has_a_row_that_names_its_paper() -> None:
+    from geolora.methods import METHODS, resolve
 
     files = {path.stem for path in (SRC / "methods").glob("*.py")} - {"__init__"}
-    assert {method.function.__module__.rpartition(".")[2] for method in METHODS.values()} == files
-    for method in METHODS.values():
-        module = sys.modules[method.function.__module__]
-        assert method.arxiv in module.__doc__
-        assert method.kind in ("step", "start")
+    rows = [row for row in METHODS.values() if row.mathematics]
+    assert {resolve(row.mathematics).__module__.rpartition(".")[2] for row in rows} == files
+    for row in rows:
+        assert row.arxiv in sys.modules[resolve(row.mathematics).__module__].__doc__

@@ -8,120 +8,42 @@ Trainer's `learning_rate` is not used then: lr belongs to the method. Its gradie
 
 import inspect
 import sys
+from functools import partial
 from typing import Any
 
-import torch
-from torch import nn
-
-from geolora.errors import PairingError, SettingError
+from geolora.errors import SettingError
+from geolora.methods import METHODS, OPTIMIZERS, Method, resolve
 from geolora.optim.geolora import GeoLoRA
-from geolora.optim.lora_pro import LoRAPro
-from geolora.optim.lora_sb import LoRASB
-from geolora.optim.rac_lora import RACLoRA
-from geolora.optim.riemannian import RiemannianAdamW
 
 
-class _Factory:
-    """Builds an optimizer from a model; what Trainer calls as `factory()(model, **kwargs)`."""
-
-    optimizer: Any
-
-    def __call__(self, model: nn.Module, *_args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """The optimizer of a model; kwargs are its own."""
-        return self.optimizer(model, **kwargs)
-
-
-class GeoLoRAFactory(_Factory):
-    """Builds `GeoLoRA`."""
-
-    optimizer = GeoLoRA
-
-
-class RiemannianFactory(_Factory):
-    """Builds `RiemannianAdamW`."""
-
-    optimizer = RiemannianAdamW
-
-
-class LoRAProFactory(_Factory):
-    """Builds `LoRAPro`."""
-
-    optimizer = LoRAPro
-
-
-class LoRASBFactory(_Factory):
-    """Builds `LoRASB`."""
-
-    optimizer = LoRASB
-
-
-class RACLoRAFactory(_Factory):
-    """Builds `RACLoRA`."""
-
-    optimizer = RACLoRA
-
-
-class LoRAFactory:
-    """Builds AdamW for LoRA of any kind: its factors at lr, all else that is trainable at rest_lr."""
-
-    def __call__(
-        self, model: nn.Module, *_args: Any, lr: float = 1e-3, rest_lr: float = 1e-3
-    ) -> torch.optim.AdamW:
-        """The optimizer of a model; no weight decay."""
-        return torch.optim.AdamW(split_rest(model, lr, rest_lr), lr=lr, weight_decay=0.0)
-
-
-def split_rest(model: nn.Module, lr: float, rest_lr: float) -> list[dict[str, Any]]:
-    """Param groups of a PEFT model: LoRA's tensors (factors, magnitudes) at lr, others at rest_lr.
-
-    Raises:
-        PairingError: nothing of LoRA is trainable.
-    """
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    factors = [p for name, p in trainable if ".lora_" in name]
-    others = [p for name, p in trainable if ".lora_" not in name]
-    if not factors:
-        raise PairingError(
-            "for_trainer: `model` must have trainable LoRA layers; found none. "
-            "Wrap it with peft.get_peft_model(model, LoraConfig(...)) first."
-        )
-    groups = [{"params": factors, "lr": lr}, {"params": others, "lr": rest_lr}]
-    return [group for group in groups if group["params"]]
-
-
-FACTORIES: dict[str, tuple[type, Any]] = {
-    "geolora": (GeoLoRAFactory, GeoLoRA),
-    "lora": (LoRAFactory, LoRAFactory.__call__),
-    "lora-pro": (LoRAProFactory, LoRAPro),
-    "lora-sb": (LoRASBFactory, LoRASB),
-    "rac-lora": (RACLoRAFactory, RACLoRA),
-    "riemannian": (RiemannianFactory, RiemannianAdamW),
-}
-"""Method: what builds its optimizer, and whose arguments it takes."""
-
-
-def for_trainer(method: str, **settings: Any) -> tuple[type, dict[str, Any]]:
+def for_trainer(method: str, **settings: Any) -> tuple[Any, dict[str, Any]]:
     """What `Trainer(optimizer_cls_and_kwargs=...)` takes.
 
     Args:
-        method: "lora" (AdamW on the pairs), "geolora", "lora-pro", "lora-sb", "rac-lora" or "riemannian".
+        method: an optimizer of the table of methods: "lora" (AdamW on the pairs), "geolora", "lora-pro", …
         settings: keyword arguments of the optimizer, for "lora" lr and rest_lr; checked here,
             values when the optimizer is built.
 
     Raises:
         SettingError: an unknown method or setting.
     """
-    if method not in FACTORIES:
+    if method not in OPTIMIZERS:
         raise SettingError(
-            f"for_trainer: `method` must be one of {sorted(FACTORIES)}; got {method!r}."
+            f"for_trainer: `method` must be one of {sorted(OPTIMIZERS)}; got {method!r}."
         )
-    factory, target = FACTORIES[method]
-    known = [name for name in inspect.signature(target).parameters if name[0] != "_"]
-    known = [name for name in known if name not in ("self", "model")]
+    row = METHODS[method]
+    known = [
+        name for name in inspect.signature(resolve(row.optimizer)).parameters if name != "model"
+    ]
     for name in settings:
         if name not in known:
             raise SettingError(f"for_trainer: `{name}` must be one of {known} for {method}.")
-    return factory, settings
+    return factory_of(row), settings
+
+
+def factory_of(method: Method) -> Any:
+    """What Trainer calls as `factory()(model, **settings)`; it can be pickled."""
+    return partial(resolve, method.optimizer)
 
 
 def _geolora_in(optimizer: Any) -> GeoLoRA | None:

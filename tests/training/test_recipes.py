@@ -9,14 +9,15 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import geolora
+from geolora.adapters.truncate import TRUNCATED, truncate
 from geolora.errors import DivergedError, SettingError
+from geolora.methods import TRAINABLE
 from geolora.pairs.find import find_pairs
 from geolora.pairs.point import read_pair
 from geolora.settings.train_config import TrainConfig, check
 from geolora.tasks.task import Data
 from geolora.tasks.text_classification import labelled_texts
 from geolora.training import run as task
-from geolora.training.recipes import METHODS, TRUNCATED, truncate
 from models import lora_net, tiny_bert
 from rows import reviews
 
@@ -57,12 +58,12 @@ def settings(model: Path, method: str, **more: object) -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def outcomes(model: Path, data: Data) -> dict[str, task.Outcome]:
-    return {method: task.train(settings(model, method), data) for method in METHODS}
+    return {method: task.train(settings(model, method), data) for method in TRAINABLE}
 
 
 # peft 0.21 says this of every AdaLoRA adapter it wrote itself
 @pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match:RuntimeWarning")
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", TRAINABLE)
 def test_stock_peft_predicts_what_was_scored(
     model: Path, data: Data, outcomes: dict[str, task.Outcome], method: str
 ) -> None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from geolora.comparing.plan import GRID, Cell
+from geolora.methods import METHODS
 from geolora.tasks.metrics import LOWER_IS_BETTER, METRICS
 
 RESAMPLES = 10_000
@@ -71,7 +72,7 @@ def summarise(
                 "seed": first["seed"],
                 "steps": [entry["step"] for entry in first["history"]],
                 "losses": [entry["loss"] for entry in first["history"]],
-                "regularised": first["settings"]["method"] == "adalora",
+                "regularised": METHODS[first["settings"]["method"]].regularises,
             }
         )
         maps.append({"task": task, "method": method, "ranks": first["report"]["ranks"]})

@@ -1,63 +1,248 @@
-"""One paper, one file: pure functions from tensors and knobs to tensors."""
+"""THE table of methods: what an adapter can be trained with, and what it can start from.
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+`for_trainer`, `geolora train --method` and `--init`, `compare`, the documentation and the tests read it. One
+paper is one file beside this one: pure functions from tensors and knobs to tensors. Nothing here loads torch:
+implementations are named "module:attribute", and `resolve` imports them when they are used.
+"""
 
-from geolora.methods import geolora, lora_ga, lora_one, lora_pro, lora_sb, rac_lora, riemannian
+import importlib
+from dataclasses import dataclass
+from typing import Any
 
+from geolora.errors import SettingError
 
-class Method(NamedTuple):
-    """A row of the table of methods."""
-
-    kind: str
-    """"step" (an optimizer) or "start" (an initialiser)."""
-    what: str
-    function: Callable[..., Any]
-    arxiv: str
-
-
-METHODS: dict[str, Method] = {
-    "geolora": Method(
-        "step",
-        "rank-adaptive descent on the manifold of low-rank matrices",
-        geolora.step,
-        "2410.18720",
-    ),
-    "lora-ga": Method(
-        "start",
-        "a pair along different singular directions of the gradient on its two sides",
-        lora_ga.start,
-        "2407.05000",
-    ),
-    "lora-one": Method(
-        "start",
-        "the best rank-r part of one step along the full gradient",
-        lora_one.start,
-        "2502.01235",
-    ),
-    "lora-pro": Method(
-        "step",
-        "factor gradients whose joint effect on W is the projected gradient",
-        lora_pro.factor_gradients,
-        "2407.18242",
-    ),
-    "lora-sb": Method(
-        "start",
-        "bases fixed by the gradient, only the r x r core is trained",
-        lora_sb.start,
-        "2411.19557",
-    ),
-    "rac-lora": Method(
-        "step",
-        "a chain of adapters, each with one random, frozen factor",
-        rac_lora.block_of,
-        "2410.08305",
-    ),
-    "riemannian": Method(
-        "step",
-        "factor gradients in the metric of the other factor, then AdamW",
-        riemannian.precondition,
-        "2402.02347",
-    ),
+KINDS = {
+    "optimizer": "an optimizer over stock LoRA pairs",
+    "start": "an initialiser of stock LoRA pairs",
+    "peft": "another configuration of PEFT's, trained by AdamW",
 }
-"""Every method of the library by name."""
+ADAMW = "geolora.optim.lora:adamw"
+"""AdamW on LoRA's tensors: what trains everything of PEFT's."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table.
+
+    Attributes:
+        name: the word of `--method`, `--init` and `for_trainer`.
+        title: its name in prose. summary: what is done. arxiv: the paper, "" where there is none.
+        kind: a key of KINDS.
+        mathematics: the pure function of the paper, where it is ours.
+        public: names in `geolora` that it is used by in Python, the main one first.
+        optimizer: class or function called as (model, **settings), of what trains.
+        start: initialiser called as (model, batches): of a "start" the start, else the one that must come first.
+        recipe: how `geolora train` makes, trains and saves the adapter.
+        takes_budget: whether `--budget` means something.
+        own_start: whether it brings its start, so that `--init` must be left alone.
+        starts: the starts that may come before it.
+        can_resume: whether a checkpoint holds all it needs to go on exactly.
+        clips_gradients: whether Trainer's clipping of the factors' gradients is wanted.
+        regularises: whether the loss that is logged holds a regulariser of its own.
+        start_recipe: of a start, what `geolora train` does for it.
+        refusal: of a start, what is said where it cannot come before a method, {} standing for that.
+    """
+
+    name: str
+    title: str
+    summary: str
+    arxiv: str
+    kind: str
+    mathematics: str = ""
+    public: tuple[str, ...] = ()
+    optimizer: str = ""
+    start: str = ""
+    recipe: str = "geolora.training.recipes:Recipe"
+    takes_budget: bool = False
+    own_start: bool = False
+    starts: tuple[str, ...] = ("lora-one",)
+    can_resume: bool = True
+    clips_gradients: bool = True
+    regularises: bool = False
+    start_recipe: str = "geolora.training.recipes:Start"
+    refusal: str = ""
+
+
+ROWS = (
+    Method(
+        "geolora",
+        "GeoLoRA",
+        "rank-adaptive descent on the manifold of low-rank matrices",
+        "2410.18720",
+        "optimizer",
+        mathematics="geolora.methods.geolora:step",
+        public=("GeoLoRA",),
+        optimizer="geolora.optim.geolora:GeoLoRA",
+        recipe="geolora.training.recipes:RankAdaptive",
+        takes_budget=True,
+        clips_gradients=False,  # it would change lr per W
+    ),
+    Method(
+        "lora",
+        "LoRA",
+        "LoRA, alpha = rank, AdamW",
+        "2106.09685",
+        "optimizer",
+        optimizer=ADAMW,
+        starts=("lora-one", "lora-ga"),
+    ),
+    Method(
+        "rslora",
+        "rsLoRA",
+        "LoRA with s = alpha / sqrt(rank)",
+        "2312.03732",
+        "peft",
+        optimizer=ADAMW,
+        recipe="geolora.training.peft_recipes:RSLoRA",
+        starts=("lora-one", "lora-ga"),
+    ),
+    Method(
+        "dora",
+        "DoRA",
+        "LoRA and a magnitude per row of W",
+        "2402.09353",
+        "peft",
+        optimizer=ADAMW,
+        recipe="geolora.training.peft_recipes:DoRA",
+        starts=(),
+    ),
+    Method(
+        "pissa",
+        "PiSSA",
+        "LoRA from the leading singular vectors of W0 (exact SVD)",
+        "2404.02948",
+        "peft",
+        optimizer=ADAMW,
+        recipe="geolora.training.peft_recipes:PiSSA",
+        own_start=True,
+        starts=(),
+    ),
+    Method(
+        "eva",
+        "EVA",
+        "LoRA from the principal directions of the activations, ranks shared out",
+        "2410.07170",
+        "peft",
+        optimizer=ADAMW,
+        recipe="geolora.training.peft_recipes:EVA",
+        own_start=True,
+        starts=(),
+    ),
+    Method(
+        "adalora",
+        "AdaLoRA",
+        "three factors, ranks by importance, from --rank to 2/3 of it",
+        "2303.10512",
+        "peft",
+        optimizer=ADAMW,
+        recipe="geolora.training.peft_recipes:AdaLoRA",
+        own_start=True,
+        starts=(),
+        regularises=True,
+        can_resume=False,  # PEFT keeps its importance scores outside every checkpoint
+    ),
+    Method(
+        "riemannian",
+        "Riemannian preconditioned LoRA",
+        "factor gradients in the metric of the other factor, then AdamW",
+        "2402.02347",
+        "optimizer",
+        mathematics="geolora.methods.riemannian:precondition",
+        public=("RiemannianAdamW",),
+        optimizer="geolora.optim.riemannian:RiemannianAdamW",
+    ),
+    Method(
+        "lora-pro",
+        "LoRA-Pro",
+        "the factors move so that W does what Adam does to the projected gradient",
+        "2407.18242",
+        "optimizer",
+        mathematics="geolora.methods.lora_pro:factor_gradients",
+        public=("LoRAPro",),
+        optimizer="geolora.optim.lora_pro:LoRAPro",
+    ),
+    Method(
+        "lora-sb",
+        "LoRA-SB",
+        "bases fixed by the gradient, only the r x r core between them is trained",
+        "2411.19557",
+        "optimizer",
+        mathematics="geolora.methods.lora_sb:start",
+        public=("LoRASB", "initialize_lora_sb"),
+        optimizer="geolora.optim.lora_sb:LoRASB",
+        start="geolora.starts.gradient_state:initialize_lora_sb",
+        own_start=True,
+        starts=(),
+    ),
+    Method(
+        "rac-lora",
+        "RAC-LoRA",
+        "A random and frozen, columns of B trained in four blocks, one by one",
+        "2410.08305",
+        "optimizer",
+        mathematics="geolora.methods.rac_lora:block_of",
+        public=("RACLoRA",),
+        optimizer="geolora.optim.rac_lora:RACLoRA",
+        recipe="geolora.training.recipes:Chained",
+        starts=(),
+    ),
+    Method(
+        "lora-then-truncate",
+        "LoRA, then truncated",
+        "LoRA, cut to --budget at the end by PEFT's convert_to_lora",
+        "",
+        "peft",
+        optimizer=ADAMW,
+        recipe="geolora.training.peft_recipes:Truncated",
+        takes_budget=True,
+    ),
+    Method(
+        "lora-one",
+        "LoRA-One",
+        "the best rank-r part of one step along the full gradient",
+        "2502.01235",
+        "start",
+        mathematics="geolora.methods.lora_one:start",
+        public=("initialize_lora_one", "get_lora_one_state"),
+        start="geolora.starts.gradient_state:initialize_lora_one",
+        refusal="needs plain LoRA pairs that start from B = 0; not {}'s",
+    ),
+    Method(
+        "lora-ga",
+        "LoRA-GA",
+        "a pair along different singular directions of the gradient on its two sides",
+        "2407.05000",
+        "start",
+        mathematics="geolora.methods.lora_ga:start",
+        public=("initialize_lora_ga", "keep_second_half"),
+        start="geolora.starts.gradient_state:initialize_lora_ga",
+        start_recipe="geolora.training.recipes:HalfTrained",
+        refusal="belongs to lora and rslora; got {}",
+    ),
+)
+
+METHODS: dict[str, Method] = {row.name: row for row in ROWS}
+"""Every method of the library by name, in the order in which they are shown."""
+TRAINABLE = tuple(row.name for row in ROWS if row.kind != "start")
+"""What `--method` takes."""
+OPTIMIZERS = tuple(row.name for row in ROWS if row.kind == "optimizer")
+"""What `for_trainer` takes."""
+STARTS = tuple(row.name for row in ROWS if row.kind == "start")
+"""What `--init` takes beside PEFT's own starts."""
+
+
+def method_of(name: str, among: tuple[str, ...] = tuple(METHODS), what: str = "`method`") -> Method:
+    """The row of a name; nothing stands in for one that is not there.
+
+    Raises:
+        SettingError: there is no such row. `what` is what the user called it.
+    """
+    if name not in among:
+        raise SettingError(f"{what} must be one of {', '.join(among)}; got {name}.")
+    return METHODS[name]
+
+
+def resolve(implementation: str) -> Any:
+    """What a "module:attribute" of a row names; imports its module."""
+    module, _, attribute = implementation.partition(":")
+    return getattr(importlib.import_module(module), attribute)

@@ -1,6 +1,5 @@
 """What a run is: one field per flag of `geolora train`, checked before anything is loaded."""
 
-import json
 import math
 from dataclasses import asdict, dataclass, field, fields
 from importlib.util import find_spec
@@ -8,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from geolora import processes
-from geolora.errors import ModelError, OutputError, SettingError
+from geolora.errors import ModelError, OutputError, SettingError, nearest
+from geolora.files import read_json
+from geolora.methods import STARTS, TRAINABLE
 from geolora.tasks.metrics import METRICS, METRICS_OF
-from geolora.tasks.rows import nearest
 from geolora.training.output_folder import check_output
-from geolora.training.recipes import METHODS, check_method
 
 TASKS = tuple(METRICS_OF)
 LOGGERS = {
@@ -25,7 +24,7 @@ LOGGERS = {
 """Where Trainer can log to: packages of which one must be there."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MIXED = ("no", "bf16", "fp16")
-INITS = ("default", "gaussian", "lora-one", "lora-ga")
+INITS = ("default", "gaussian", *STARTS)
 
 
 def _flag(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -58,7 +57,7 @@ class TrainConfig:
         "score of the evaluation rows; accuracy, pearson, entity_f1 or perplexity if not given",
         tuple(METRICS),
     )
-    method: str = _flag("geolora", "how the adapter is trained", METHODS)
+    method: str = _flag("geolora", "how the adapter is trained", TRAINABLE)
     init: str = _flag(
         "default",
         "start of the pairs: B = 0, or from the gradient; lora-ga trains half of --rank",
@@ -169,7 +168,9 @@ def check(config: TrainConfig) -> None:
             f"`--batch-size` must be a multiple of {parts(config)} (processes times "
             f"--gradient-accumulation); got {config.batch_size}."
         )
-    check_method(config)
+    from geolora.training.recipes import recipe_of
+
+    recipe_of(config).check()
     if not config.overwrite:
         _refuse_changed(config)
     if not unfinished(config) or config.overwrite:
@@ -193,7 +194,7 @@ def _stopped(config: TrainConfig) -> dict[str, Any] | None:
     if (output / "report.json").exists():
         return None
     try:
-        saved = json.loads((output / "run.json").read_text(encoding="utf-8"))
+        saved = read_json(output / "run.json")
     except (OSError, ValueError):
         return None
     return saved if isinstance(saved, dict) else None

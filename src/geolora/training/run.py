@@ -19,6 +19,8 @@ import torch
 
 from geolora import processes
 from geolora.errors import DataError, DivergedError, SettingError
+from geolora.files import read_json, write_json
+from geolora.methods import METHODS
 from geolora.settings.strict_yaml import written
 from geolora.settings.train_config import TrainConfig, check, parts, planned_steps, unfinished
 from geolora.tasks.causal_lm import CausalLM
@@ -29,20 +31,10 @@ from geolora.tasks.text_classification import TextClassification, TextRegression
 from geolora.tasks.token_classification import TokenClassification
 from geolora.trainer import log_ranks, progress_callback
 from geolora.training.batch_order import batch_order
-from geolora.training.checkpoints import Stopped, checkpoint_callback, flush, latest, write_json
+from geolora.training.checkpoints import Stopped, checkpoint_callback, flush, latest
 from geolora.training.output_folder import alone, clear, empty, writing
 from geolora.training.peak_memory import peak_bytes, reset_peak
-from geolora.training.recipes import (
-    CAN_RESUME,
-    Kept,
-    add_adapter,
-    callbacks_of,
-    finish,
-    keep_start,
-    optimizer_of,
-    save,
-    start,
-)
+from geolora.training.recipes import Kept, Recipe, recipe_of
 
 TASKS: dict[str, Task] = {
     "text-classification": TextClassification(),
@@ -123,8 +115,9 @@ def train(config: TrainConfig, data: Data, choice: Rows | None = None) -> Outcom
         starts = range(0, min(len(order), number * size) - size + 1, size)
         return [loaded.collate([examples[i] for i in order[at : at + size]]) for at in starts]
 
-    optimizer = optimizer_of(config, total)
-    model = add_adapter(loaded.model, config, loaded.new, task.peft_type, total, batches)
+    recipe = recipe_of(config)
+    optimizer = recipe.optimizer(total)
+    model = recipe.add_adapter(loaded.model, loaded.new, task.peft_type, total, batches)
     # building one now finds unusable settings before anything is written
     optimizer[0]()(model, **optimizer[1])
 
@@ -135,9 +128,9 @@ def train(config: TrainConfig, data: Data, choice: Rows | None = None) -> Outcom
             write_json(output / "run.json", {**asdict(config), "data": data_id})
             again = replace(config, overwrite=False)  # it must not replace what it is the config of
             (output / "config.yaml").write_text(written(again), encoding="utf-8")
-            keep_start(model, config, output / "start")
+            recipe.keep_start(model, output / "start")
         clock = _clock(resume)
-        checkpoints = checkpoint_callback(run_id, config.method in CAN_RESUME)
+        checkpoints = checkpoint_callback(run_id, recipe.method.can_resume)
         trainer = task.trainer(
             loaded,
             examples,
@@ -148,7 +141,7 @@ def train(config: TrainConfig, data: Data, choice: Rows | None = None) -> Outcom
             callbacks=[
                 *([progress_callback()] if processes.first() else []),
                 clock,
-                *callbacks_of(model, config),
+                *recipe.callbacks(model),
                 checkpoints,
             ],
         )
@@ -156,7 +149,7 @@ def train(config: TrainConfig, data: Data, choice: Rows | None = None) -> Outcom
         log_ranks(trainer)
         if config.gradient_checkpointing:
             model.enable_input_require_grads()  # the embeddings are frozen
-        start(model, config, batches, resumed=resume is not None)
+        recipe.begin(model, batches, resumed=resume is not None)
         processes.own_dropout(config.seed)
         try:
             trainer.train(resume_from_checkpoint=resume and str(resume))
@@ -174,8 +167,8 @@ def train(config: TrainConfig, data: Data, choice: Rows | None = None) -> Outcom
         if checkpoints.stopped is not None:
             raise Stopped(_how_to_go_on(config, checkpoints.stopped, total))
         trainable = sum(p.numel() for p in trained)
-        finish(model, config)
-        kept = _save_adapter(model, config, loaded.processor) if processes.first() else None
+        recipe.finish(model)
+        kept = _save_adapter(model, recipe, loaded.processor) if processes.first() else None
 
         metric = config.metric or METRICS_OF[config.task][0]
         found = task.predict(trainer, loaded, data.held_out, config)
@@ -208,7 +201,7 @@ def train(config: TrainConfig, data: Data, choice: Rows | None = None) -> Outcom
             for leftover in ("checkpoints", "start"):
                 shutil.rmtree(output / leftover, ignore_errors=True)
         processes.wait()
-        report = json.loads((output / "report.json").read_text(encoding="utf-8"))
+        report = read_json(output / "report.json")
     return Outcome(report, history, *found, chosen_on)
 
 
@@ -231,12 +224,12 @@ def _opened(config: TrainConfig, data_id: str, run_id: str) -> Iterator[Path | N
         yield resume
 
 
-def _save_adapter(model: Any, config: TrainConfig, processor: Any) -> Kept:
+def _save_adapter(model: Any, recipe: Recipe, processor: Any) -> Kept:
     """Write `adapter/`, at once or not at all."""
-    output = Path(config.output)
+    output = Path(recipe.config.output)
     partial = output / "adapter.partial"
     clear(partial)
-    kept = save(model, config, partial, output / "start")
+    kept = recipe.save(model, partial, output / "start")
     processor.save_pretrained(partial)
     flush(partial)
     clear(output / "adapter")
@@ -253,7 +246,7 @@ def _diverged(trainer: Any) -> DivergedError:
 
 def _how_to_go_on(config: TrainConfig, step: int, total: int) -> str:
     """What to say when a run was asked to stop."""
-    if config.method not in CAN_RESUME:
+    if not METHODS[config.method].can_resume:
         return f"stopped after step {step} of {total}; {config.method} can only start again."
     command = "The same command without --overwrite" if config.overwrite else "The same command"
     return (
@@ -283,7 +276,7 @@ def _arguments(config: TrainConfig, total: int) -> dict[str, Any]:
         "lr_scheduler_type": "linear",
         "warmup_steps": round(WARMUP * total),
         # clipping the factors' gradients would change lr per W; AdamW's runs keep Trainer's default
-        "max_grad_norm": 0.0 if config.method == "geolora" else 1.0,
+        "max_grad_norm": 1.0 if METHODS[config.method].clips_gradients else 0.0,
         "train_sampling_strategy": "sequential",  # in the order of tasks/order.py
         "logging_steps": max(1, min(10, total // 20)),
         "logging_nan_inf_filter": False,
@@ -324,7 +317,7 @@ def _clock(resume: Path | None) -> Any:
         def __init__(self) -> None:
             self.seconds: list[float] = []
             if resume is not None:
-                self.seconds = json.loads((resume / SECONDS).read_text(encoding="utf-8"))
+                self.seconds = read_json(resume / SECONDS)
             self.last = 0.0
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
@@ -347,7 +340,7 @@ def _checkpoint(config: TrainConfig, data_id: str, run_id: str) -> Path | None:
     """The last whole checkpoint of an unfinished run over the same data."""
     if not unfinished(config):
         return None
-    saved = json.loads((Path(config.output) / "run.json").read_text(encoding="utf-8"))
+    saved = read_json(Path(config.output) / "run.json")
     if saved.get("data") != data_id:
         raise DataError(
             f"`--output`: {config.output} holds an unfinished run of the same flags over other data. "
