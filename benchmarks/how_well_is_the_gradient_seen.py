@@ -153,14 +153,14 @@ def memory(model: Any, batch: dict[str, Tensor]) -> dict[str, float]:
 
 def times(model: Any, batch: dict[str, Tensor]) -> dict[str, float]:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
-    take, spent = gradient_pass.Seat.take, [0.0]
+    add, spent = gradient_pass.GradientSketch.add, [0.0]
 
     def timed(self: Any, product: Tensor, from_right: bool) -> None:
         begun = time.perf_counter()
-        take(self, product, from_right)
+        add(self, product, from_right)
         spent[0] += time.perf_counter() - begun
 
-    gradient_pass.Seat.take = timed
+    gradient_pass.GradientSketch.add = timed
     quotients, parts = [], []
     for number in range(ROUNDS + 1):
         begun = time.perf_counter()
@@ -173,7 +173,7 @@ def times(model: Any, batch: dict[str, Tensor]) -> dict[str, float]:
         if number:  # the first is warm-up
             quotients.append(passes / 4 / step)
             parts.append(spent[0] / passes)
-    gradient_pass.Seat.take = take
+    gradient_pass.GradientSketch.add = add
     return {
         "pass_over_training_step": statistics.median(quotients),
         "decomposition_over_passes": statistics.median(parts),

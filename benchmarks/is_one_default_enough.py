@@ -13,8 +13,8 @@ import sys
 
 from geolora.comparing.plan import Cell, read_plan
 from geolora.comparing.summary import summarise
-from geolora.report.comparison import figures, table
 from geolora.files import write_json
+from geolora.report.comparison import figures, table
 from geolora.training.run import load
 
 NAME = re.compile(r"([^/]+)/([^/]+)/lr-([^/]+)/seed-(\d+)\.json$")

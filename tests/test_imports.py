@@ -16,7 +16,7 @@ TABLE = """
     adapters.export            :  errors kernels pairs
     adapters.read              : errors pairs adapters.export
     adapters.verify            : errors kernels pairs adapters.export adapters.read
-    cli.__main__               :  errors tasks cli.compare cli.demo cli.export cli.inspect cli.plot cli.train cli.verify
+    cli.__main__               : errors cli.compare cli.demo cli.export cli.inspect cli.plot cli.train cli.verify
     cli.compare                : comparing report training cli.plot
     cli.demo                   : errors report settings tasks training cli.demo_texts
     cli.demo_texts             : errors
@@ -25,9 +25,10 @@ TABLE = """
     cli.plot                   : errors files report tasks training
     cli.train                  : processes settings training cli.plot
     cli.verify                 : adapters
+    comparing.bootstrap        : tasks
     comparing.plan             : errors settings
     comparing.run              : errors files processes settings tasks training comparing.plan comparing.summary
-    comparing.summary          : comparing.plan methods tasks
+    comparing.summary          : methods tasks comparing.bootstrap comparing.plan
     errors                     :
     files                      :
     kernels.augment            : kernels.decompose
@@ -45,8 +46,11 @@ TABLE = """
     methods.rac_lora           :
     methods.riemannian         : kernels
     optim.lora                 : errors
+    starts.lora_ga             : errors methods pairs starts.gradient_pass starts.gradient_state
+    starts.lora_one            : kernels methods pairs starts.gradient_pass starts.gradient_state starts.step_length
+    starts.lora_sb             : methods starts.gradient_pass starts.gradient_state starts.step_length
     training.peft_recipes      : adapters errors pairs training.recipes
-    adapters.truncate          : errors pairs
+    adapters.truncate          : pairs
     optim.adamw                :
     optim.base                 : errors pairs optim.adamw optim.buckets optim.nonfinite
     optim.bucket_step          : kernels methods pairs optim.buckets
@@ -71,12 +75,14 @@ TABLE = """
     report.shape               :
     report.text                : report.layout
     settings.strict_yaml       : errors
-    settings.train_config      : errors methods processes tasks training
-    starts.gradient_pass       : errors kernels pairs
-    starts.gradient_state      : adapters errors kernels methods pairs starts.gradient_pass starts.step_length
+    settings.train_config      : methods
+    starts.gradient_pass       : errors kernels pairs processes
+    starts.gradient_state      : adapters errors kernels pairs starts.gradient_pass
     starts.step_length         : errors pairs starts.gradient_pass
-    tasks.causal_lm            : errors processes settings tasks.rows tasks.task tasks.tokenizers
-    tasks.image_classification : errors settings tasks.rows tasks.task tasks.text_classification
+    tasks.answers              : errors tasks.chat_tokens tasks.task
+    tasks.causal_lm            : errors processes settings tasks.answers tasks.chat_tokens tasks.task tasks.tokenizers
+    tasks.chat_tokens          : errors tasks.tokenizers
+    tasks.image_classification : errors settings tasks.rows tasks.task
     tasks.metrics              :
     tasks.rows                 : errors files
     tasks.task                 : errors processes settings tasks.rows
@@ -85,11 +91,15 @@ TABLE = """
     tasks.tokenizers           : errors settings
     trainer                    : errors methods optim
     training.batch_order       :
+    training.check             : errors processes settings training.output_folder training.recipes training.resume
     training.checkpoints       : errors files processes
+    training.clock             : files processes
+    training.identity          : settings
     training.output_folder     : errors
     training.peak_memory       :
     training.recipes           : adapters errors methods pairs settings starts trainer
-    training.run               : errors files methods processes settings tasks trainer training.batch_order training.checkpoints training.output_folder training.peak_memory training.recipes
+    training.resume            : errors files processes settings training.checkpoints training.output_folder
+    training.run               : errors files processes settings tasks trainer training.batch_order training.check training.checkpoints training.clock training.identity training.output_folder training.peak_memory training.recipes training.resume
 """
 """Module : what it may import of ours: whole rooms (folders, or files at the top), and files of its own room.
 

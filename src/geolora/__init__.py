@@ -14,13 +14,10 @@ if TYPE_CHECKING:
     from geolora.optim.lora_sb import LoRASB
     from geolora.optim.rac_lora import RACLoRA
     from geolora.optim.riemannian import RiemannianAdamW
-    from geolora.starts.gradient_state import (
-        get_lora_one_state,
-        initialize_lora_ga,
-        initialize_lora_one,
-        initialize_lora_sb,
-        keep_second_half,
-    )
+    from geolora.starts.gradient_state import get_lora_one_state
+    from geolora.starts.lora_ga import initialize_lora_ga, keep_second_half
+    from geolora.starts.lora_one import initialize_lora_one
+    from geolora.starts.lora_sb import initialize_lora_sb
     from geolora.trainer import for_trainer, log_ranks
 
 __all__ = [
@@ -53,10 +50,10 @@ _HOME = {
     "export": "geolora.adapters.export",
     "for_trainer": "geolora.trainer",
     "get_lora_one_state": "geolora.starts.gradient_state",
-    "initialize_lora_ga": "geolora.starts.gradient_state",
-    "initialize_lora_one": "geolora.starts.gradient_state",
-    "initialize_lora_sb": "geolora.starts.gradient_state",
-    "keep_second_half": "geolora.starts.gradient_state",
+    "initialize_lora_ga": "geolora.starts.lora_ga",
+    "initialize_lora_one": "geolora.starts.lora_one",
+    "initialize_lora_sb": "geolora.starts.lora_sb",
+    "keep_second_half": "geolora.starts.lora_ga",
     "inspect": "geolora.adapters.verify",
     "log_ranks": "geolora.trainer",
     "prune": "geolora.adapters.export",

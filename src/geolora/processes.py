@@ -46,6 +46,18 @@ def any_of(asked: bool) -> bool:
     return bool(found.item())
 
 
+def grouped() -> bool:
+    """Whether this process is in a group of torch.distributed, whoever formed it."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def sum_over_group(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, replaced by its sum over the processes of the group; all must call."""
+    if grouped():
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
 def one_device(arguments: Any) -> Any:
     """`TrainingArguments` of one process, which uses one GPU: Trainer would split over all, with more rows per step."""
     if count() == 1 and arguments.n_gpu > 1:

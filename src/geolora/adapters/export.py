@@ -124,11 +124,12 @@ def prune(
     if not 0 <= tail < 1:
         raise SettingError(f"prune: `tail` must be in [0, 1); got {tail}.")
     pairs = find_pairs(model, adapter_name, with_sharded=True)
-    check_budget(pairs, budget)
+    costs = [pair.cost for pair in pairs]
+    check_budget(costs, budget)
     readings = [read_pair(*_factors(pair), pair.scale) for pair in pairs]
     kept = settled_ranks(
         [reading.sigma for reading in readings],
-        [pair.d_in + pair.d_out for pair in pairs],
+        costs,
         tail,
         budget,
     )
@@ -175,7 +176,7 @@ def suggest_budget(
     if wrong := [share for share in shares if not 0 < share <= 1]:
         raise SettingError(f"suggest_budget: `shares` must be in (0, 1]; got {wrong[0]}.")
     pairs = find_pairs(model, adapter_name, with_sharded=True)
-    cost = {pair.name: pair.d_in + pair.d_out for pair in pairs}
+    cost = {pair.name: pair.cost for pair in pairs}
     used = sum(rank * cost[name] for name, rank in ranks(model, adapter_name).items())
     kept = [(pair.A.detach().clone(), pair.B.detach().clone()) for pair in pairs]
     size = _size(pairs)
@@ -294,7 +295,7 @@ def export(
     config = _exported_config(model, adapter_name, pairs, layout, widths)
     lost = sum(float((s[kept[name] :] ** 2).sum()) for name, (_, s, _) in points.items())
     total = sum(float((s**2).sum()) for _, s, _ in points.values())
-    cost = {pair.name: pair.d_in + pair.d_out for pair in pairs}
+    cost = {pair.name: pair.cost for pair in pairs}
     done = Export(
         folder,
         layout,

@@ -3,8 +3,7 @@
 import warnings
 from typing import Any
 
-from geolora.errors import SettingError
-from geolora.pairs.find import find_pairs
+from geolora.pairs.find import check_budget, find_pairs
 from geolora.pairs.point import read_pair
 
 TRUNCATED = "truncated"
@@ -18,20 +17,17 @@ def truncate(model: Any, budget: int) -> None:
     share of its energy. The threshold is the largest one within the budget.
 
     Raises:
-        SettingError: a budget below one direction in every layer.
+        BudgetError: a budget below one direction in every layer.
     """
     from peft import set_peft_model_state_dict
     from peft.tuners.lora.conversion import convert_to_lora
 
     pairs = find_pairs(model)
-    energies, costs = [], [pair.d_in + pair.d_out for pair in pairs]
+    energies, costs = [], [pair.cost for pair in pairs]
+    check_budget(costs, budget, "`--budget`", advice="")
     for pair in pairs:
         squares = read_pair(pair.A.flatten(1), pair.B.flatten(1), pair.scale).sigma ** 2
         energies.append((squares.cumsum(0) / squares.sum().clamp(min=1e-300)).tolist())
-    if budget < sum(costs):
-        raise SettingError(
-            f"`--budget` must hold one direction in every layer, {sum(costs)} parameters; got {budget}."
-        )
 
     def needed(threshold: float) -> int:
         ranks = (1 + sum(share < threshold for share in row) for row in energies)
@@ -45,9 +41,7 @@ def truncate(model: Any, budget: int) -> None:
     # just below a share, where rounding cannot tip it into the next rank
     threshold = float(min(1.0, fitting[-1] * (1 - 1e-6))) if fitting else 1e-6
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # PEFT says that the model is LoRA already: that is the idea
+        warnings.simplefilter("ignore")  # that the model is LoRA already: so it is meant
         lora, tensors = convert_to_lora(model, rank=threshold)
     model.add_adapter(TRUNCATED, lora)
     set_peft_model_state_dict(model, tensors, adapter_name=TRUNCATED)

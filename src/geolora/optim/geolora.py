@@ -170,7 +170,7 @@ class GeoLoRA(torch.optim.Optimizer):
                     f"GeoLoRA: `start_rank` must be at most the rank of the pair; got {start_rank} "
                     f"for r={pair.r} in `{pair.name}`. Lower it, or raise `r` in LoraConfig."
                 )
-        check_budget(pairs, budget)
+        check_budget([pair.cost for pair in pairs], budget)
         settings = {
             "lr": lr,
             "moments": moments,

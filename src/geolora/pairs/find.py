@@ -1,6 +1,6 @@
 """Finds the LoRA pairs of a PEFT model and accepts or refuses each, with the reason.
 
-With `adapter.py`, `folders.py` and `saved.py` what knows PEFT; `tasks/peers.py` calls its methods.
+This folder and `adapters/` are what knows PEFT; `training/` calls its methods.
 
 | layer                                                     | treated                          |
 |-----------------------------------------------------------|----------------------------------|
@@ -22,7 +22,7 @@ With `adapter.py`, `folders.py` and `saved.py` what knows PEFT; `tasks/peers.py`
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,17 @@ class Pair:
     def d_out(self) -> int:
         """Rows of W."""
         return self.B.shape[0]
+
+    @property
+    def cost(self) -> int:
+        """Parameters of one direction."""
+        return self.d_in + self.d_out
+
+    @torch.no_grad()
+    def set_factors(self, A: torch.Tensor, B: torch.Tensor) -> None:
+        """Write A (r, d_in) and B (d_out, r) into the pair, kernels flattened or not."""
+        self.A.copy_(A.reshape(self.A.shape))
+        self.B.copy_(B.reshape(self.B.shape))
 
 
 def find_pairs(
@@ -222,13 +233,22 @@ def refuse_frozen(pairs: list[Pair]) -> None:
             )
 
 
-def check_budget(pairs: list[Pair], budget: int | None) -> None:
-    """Raise `BudgetError` where the budget does not hold one direction in every layer."""
-    least = sum(pair.d_in + pair.d_out for pair in pairs)
+def check_budget(
+    costs: Iterable[int],
+    budget: int | None,
+    name: str = "geolora: `budget`",
+    advice: str = " Raise it, or target fewer layers.",
+) -> None:
+    """Raise `BudgetError` where a budget does not hold one direction in every layer.
+
+    Args:
+        costs: parameters of one direction of every layer.
+        name, advice: how the message begins and ends.
+    """
+    least = sum(costs)
     if budget is not None and budget < least:
         raise BudgetError(
-            f"geolora: `budget` must hold one direction in every layer, {least} parameters; got "
-            f"{budget}. Raise it, or target fewer layers."
+            f"{name} must hold one direction in every layer, {least} parameters; got {budget}.{advice}"
         )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from geolora import processes
 from geolora.errors import DataError, GradientError
 from geolora.kernels.sketch import Triplets, missing, random_basis, seen_from_left, seen_from_right
 from geolora.pairs.find import Pair
@@ -23,7 +24,69 @@ Loss = Callable[[nn.Module, Any], Tensor]
 """(model, batch) -> scalar loss."""
 
 
-def look_at(
+class GradientSketch:
+    """What is known of the gradient G of one pair's W; every pass adds to it.
+
+    Attributes:
+        pair: the pair.
+        module_A, module_B: the modules that hold its factors as their `weight`.
+        width: k, how many directions are followed.
+        basis: orthonormal columns for the next pass: V (d_in, k), which shows G V, before the passes 1, 3, …;
+            U (d_out, k), which shows G^T U, before the others.
+        energies: sum of the r largest sigma^2 known after each pass.
+        triplets: the r leading singular triplets as the last pass showed them; None before and in a pass.
+    """
+
+    def __init__(self, pair: Pair, module_A: nn.Module, module_B: nn.Module, width: int) -> None:
+        self.pair, self.module_A, self.module_B = pair, module_A, module_B
+        self.width = min(width, pair.d_in, pair.d_out)
+        seed = zlib.crc32(f"sketch of {pair.name}".encode())
+        self.basis = random_basis(pair.d_in, self.width, seed).float()
+        self.energies: list[float] = []
+        self.triplets: Triplets | None = None
+
+    @contextmanager
+    def shown_through_pair(self, from_right: bool) -> Iterator[nn.Parameter]:
+        """Replace the pair by one of k slots, the basis and zeros, which does not change the function.
+
+        Args:
+            from_right: whether A holds the basis and B is zero, so that B's gradient is s G V; else B
+                holds it and A's gradient is s (G^T U)^T.
+
+        Yields:
+            The factor that is zero, to take the gradient of.
+        """
+        self.triplets = None  # makes room
+        A, B = self.pair.A, self.pair.B
+        like = {"device": A.device, "dtype": torch.promote_types(A.dtype, torch.float32)}
+        shape_A, shape_B = (self.width, *A.shape[1:]), (B.shape[0], self.width, *B.shape[2:])
+        basis = self.basis = self.basis.to(**like)
+        if from_right:
+            new_A, new_B = basis.mT.reshape(shape_A), torch.zeros(shape_B, **like)
+        else:
+            new_A, new_B = torch.zeros(shape_A, **like), basis.reshape(shape_B)
+        self.module_A.weight = nn.Parameter(new_A, requires_grad=not from_right)
+        self.module_B.weight = nn.Parameter(new_B, requires_grad=from_right)
+        try:
+            yield self.module_B.weight if from_right else self.module_A.weight
+        finally:
+            self.module_A.weight, self.module_B.weight = A, B
+
+    def add(self, product: Tensor, from_right: bool) -> None:
+        """Take in what a pass has shown: G V (d_out, k), or G^T U (d_in, k)."""
+        if not bool(product.isfinite().all()):
+            raise GradientError(
+                f"the gradient of `{self.pair.name}` is not finite. Look at the loss and the batches; "
+                "with fp16, lower the loss scale."
+            )
+        seen = (seen_from_right if from_right else seen_from_left)(product, self.basis)
+        r = self.pair.r
+        self.energies.append(float(seen.sigma[:r].square().sum()))
+        self.triplets = Triplets(*(factor[..., :r].float() for factor in seen))
+        self.basis = (seen.U if from_right else seen.V).float()
+
+
+def sketch_gradients(
     model: nn.Module,
     pairs: list[Pair],
     modules: dict[str, tuple[nn.Module, nn.Module]],
@@ -32,21 +95,21 @@ def look_at(
     width: int | None,
     passes: int,
     tolerance: float,
-) -> list["Seat"]:
-    """Look at the gradients of all pairs until no one misses more than `tolerance`, or `passes` times.
+) -> list[GradientSketch]:
+    """Pass over the batches until no pair misses more than `tolerance` of its gradient, at most `passes` times.
 
     Args:
         modules: {layer: the modules whose `weight` is A, and B}.
         batches: iterated over once a pass.
         loss_fn, width, passes, tolerance: as in `geolora.get_lora_one_state`.
     """
-    seats = [Seat(pair, *modules[pair.name], width or 2 * pair.r) for pair in pairs]
+    sketches = [GradientSketch(pair, *modules[pair.name], width or 2 * pair.r) for pair in pairs]
     with _undisturbed(model):
         for number in range(1, passes + 1):
-            _look(seats, model, batches, loss_fn, number)
-            if number > 1 and max(missing(seat.energies) for seat in seats) <= tolerance:
+            _pass(sketches, model, batches, loss_fn, number)
+            if number > 1 and max(missing(sketch.energies) for sketch in sketches) <= tolerance:
                 break
-    return seats
+    return sketches
 
 
 def mean_loss(model: nn.Module, batches: Iterable[Any], loss_fn: Loss | None = None) -> float:
@@ -59,69 +122,27 @@ def mean_loss(model: nn.Module, batches: Iterable[Any], loss_fn: Loss | None = N
                 total, count = total + loss.detach().float(), count + 1
         except Exception as error:  # noqa: BLE001 (raised again, on all processes)
             failure = error
-    return float(_over_processes(total, _agreed(count, failure, device)))
+    count = _count_of_all(count, failure, device)
+    return float(processes.sum_over_group(total) / count)
 
 
-class Seat:
-    """Where a pair sits, and the basis that is known: V (to look at G V next), then U, then V …"""
-
-    def __init__(self, pair: Pair, on_A: nn.Module, on_B: nn.Module, width: int) -> None:
-        self.pair, self.on_A, self.on_B = pair, on_A, on_B
-        self.width = min(width, pair.d_in, pair.d_out)
-        seed = zlib.crc32(f"sketch of {pair.name}".encode())
-        self.basis = random_basis(pair.d_in, self.width, seed).float()
-        self.energies: list[float] = []
-        self.seen: Triplets | None = None
-
-    @contextmanager
-    def widened(self, from_right: bool) -> Iterator[nn.Parameter]:
-        """Replace the pair by one that does nothing to the function; yields the factor to look at."""
-        self.seen = None  # makes room
-        A, B = self.pair.A, self.pair.B
-        like = {"device": A.device, "dtype": torch.promote_types(A.dtype, torch.float32)}
-        shape_A, shape_B = (self.width, *A.shape[1:]), (B.shape[0], self.width, *B.shape[2:])
-        basis = self.basis = self.basis.to(**like)
-        if from_right:
-            known, looked = basis.mT.reshape(shape_A), torch.zeros(shape_B, **like)
-        else:
-            known, looked = basis.reshape(shape_B), torch.zeros(shape_A, **like)
-        fixed, wanted = nn.Parameter(known, requires_grad=False), nn.Parameter(looked)
-        self.on_A.weight, self.on_B.weight = (fixed, wanted) if from_right else (wanted, fixed)
-        try:
-            yield wanted
-        finally:
-            self.on_A.weight, self.on_B.weight = A, B
-
-    def take(self, product: Tensor, from_right: bool) -> None:
-        """What a pass has shown: G V (d_out, k), or G^T U (d_in, k)."""
-        if not bool(product.isfinite().all()):
-            raise GradientError(
-                f"the gradient of `{self.pair.name}` is not finite. Look at the loss and the batches; "
-                "with fp16, lower the loss scale."
-            )
-        seen = (seen_from_right if from_right else seen_from_left)(product, self.basis)
-        r = self.pair.r
-        self.energies.append(float(seen.sigma[:r].square().sum()))
-        self.seen = Triplets(*(part[..., :r].float() for part in seen))
-        self.basis = (seen.U if from_right else seen.V).float()
-
-
-def _look(
-    seats: list[Seat],
+def _pass(
+    sketches: list[GradientSketch],
     model: nn.Module,
     batches: Iterable[Any],
     loss_fn: Loss | None,
     number: int,
 ) -> None:
-    """Pass 1, 2, … over the batches, and what it shows to every seat; odd ones look from the right."""
+    """Pass 1, 2, … over the batches, added to every sketch; odd ones show G V, even ones G^T U."""
     from tqdm.auto import tqdm
 
-    from_right, alone = number % 2 == 1, not _several() or torch.distributed.get_rank() == 0
-    bar = tqdm(
-        desc=f"gradient, pass {number}", unit="batch", delay=3, leave=False, disable=not alone
-    )
+    from_right = number % 2 == 1
+    silent = processes.grouped() and torch.distributed.get_rank() != 0
+    bar = tqdm(desc=f"gradient, pass {number}", unit="batch", delay=3, leave=False, disable=silent)
     with ExitStack() as stack, bar:
-        wanted = [stack.enter_context(seat.widened(from_right)) for seat in seats]
+        factors = [
+            stack.enter_context(sketch.shown_through_pair(from_right)) for sketch in sketches
+        ]
         count, failure = 0, None
         try:
             for loss in _losses(model, batches, loss_fn):
@@ -131,12 +152,12 @@ def _look(
                 bar.update()
         except Exception as error:  # noqa: BLE001 (raised again, on all processes)
             failure = error
-    count = _agreed(count, failure, wanted[0].device)
-    for seat, factor in zip(seats, wanted, strict=True):
+    count = _count_of_all(count, failure, factors[0].device)
+    for sketch, factor in zip(sketches, factors, strict=True):
         grad = torch.zeros_like(factor) if factor.grad is None else factor.grad
         factor.grad = None
-        mean = _over_processes(grad / seat.pair.scale, count).flatten(1)
-        seat.take(mean if from_right else mean.mT, from_right)
+        mean = (processes.sum_over_group(grad / sketch.pair.scale) / count).flatten(1)
+        sketch.add(mean if from_right else mean.mT, from_right)
 
 
 def _losses(model: nn.Module, batches: Iterable[Any], loss_fn: Loss | None) -> Iterator[Tensor]:
@@ -174,40 +195,28 @@ def _refuse_useless(loss: Tensor) -> None:
         )
 
 
-def _agreed(count: int, failure: Exception | None, device: torch.device) -> int:
-    """The number of batches of all processes; raises on all of them where one has failed, or all have none."""
-    if _several():
-        both = torch.tensor([float(count), float(failure is not None)], device=device)
-        torch.distributed.all_reduce(both)
-        count = int(both[0])
-        if failure is None and both[1] > 0:
-            raise GradientError("another process failed in this pass over its batches: see there.")
+def _count_of_all(count: int, failure: Exception | None, device: torch.device) -> int:
+    """The number of batches of all processes; raises on every one where one has failed, or all have none."""
+    totals = torch.tensor([float(count), float(failure is not None)], device=device)
+    batches, failures = processes.sum_over_group(totals).tolist()
     if failure is not None:
         raise failure
-    if count == 0:
+    if failures:
+        raise GradientError("another process failed in this pass over its batches: see there.")
+    if not batches:
         raise DataError("`batches` must hold at least one batch; got none.")
-    return count
-
-
-def _over_processes(total: Tensor, count: int) -> Tensor:
-    """total, summed over all processes, / count."""
-    if _several():
-        torch.distributed.all_reduce(total)
-    return total / count
-
-
-def _several() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+    return int(batches)
 
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """No dropout, no parameter that wants a gradient; put back at the end, as are random numbers.
+    """Switch dropout and all parameters' gradients off; put back what was, and what a forward pass changes.
 
-    Modes are left alone: eval mode would switch gradient checkpointing off. transformers keeps
-    rates of attention as numbers on its modules. Running statistics of norms are put back too.
+    That is the state of the random number generators and the running statistics of norms. Train or eval
+    mode is left alone: eval mode would switch gradient checkpointing off. Dropout rates are numbers on
+    modules: `p` of torch's, names with "drop" in transformers.
     """
-    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     rates = [
         (module, name, value)
         for module in model.modules()
@@ -220,14 +229,14 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     try:
         for module, name, _ in rates:
             setattr(module, name, 0.0)
-        for parameter in wanted:
+        for parameter in trainable:
             parameter.requires_grad_(False)
         with torch.random.fork_rng(devices=list(devices)):
             yield
     finally:
         for module, name, value in rates:
             setattr(module, name, value)
-        for parameter in wanted:
+        for parameter in trainable:
             parameter.requires_grad_(True)
         for buffer, before in statistics:
             buffer.copy_(before)

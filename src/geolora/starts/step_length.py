@@ -1,4 +1,4 @@
-"""How far a start goes along -G: a norm that is given, or the published one where it is not too far."""
+"""How far a start steps along -G: to the norm that is given or, without one, to the best of a few halvings."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -15,8 +15,8 @@ NORM, HALVINGS = 0.05, 8
 """The most a start takes by itself (the published runs have 0.0442), and how often it is halved at most."""
 
 
-class Sized(NamedTuple):
-    """||W||_2 of a start that is written, and the losses before and after it where it was searched for."""
+class StepLength(NamedTuple):
+    """How far a start went: ||W||_2, and the losses before and after it where it was searched for."""
 
     norm: float
     losses: tuple[float, float] | tuple[()]
@@ -31,15 +31,20 @@ def check_norm(function: str, norm: float | None, batches: Iterable[Any] | None)
 
 
 @torch.no_grad()
-def sized(
+def write_start(
     model: nn.Module,
     pairs: list[Pair],
     batches: Iterable[Any] | None,
     loss_fn: Loss | None,
     norm: float | None,
     write: Callable[[float], None],
-) -> Sized:
-    """Write the start with the norm that is given or, without one, that is found best; a failure is undone.
+) -> StepLength:
+    """Write a start with the norm that is given or, without one, with the best of a search; a failure is undone.
+
+    Args:
+        batches, loss_fn: what the search takes the loss of.
+        norm: ||W||_2 of every layer, None to search.
+        write: writes the start of that norm into the pairs.
 
     Raises:
         GradientError: no norm with a finite loss.
@@ -48,19 +53,18 @@ def sized(
     try:
         if norm is not None:
             write(norm)
-            return Sized(norm, ())
-        return _searched(model, () if batches is None else batches, loss_fn, write)
+            return StepLength(norm, ())
+        return _search(model, () if batches is None else batches, loss_fn, write)
     except BaseException:
         for pair, (A, B) in zip(pairs, kept, strict=True):
-            pair.A.copy_(A)
-            pair.B.copy_(B)
+            pair.set_factors(A, B)
         raise
 
 
-def _searched(
+def _search(
     model: nn.Module, batches: Iterable[Any], loss_fn: Loss | None, write: Callable[[float], None]
-) -> Sized:
-    """Halve NORM for as long as the loss falls, at least until it has fallen; write the norm with the lowest."""
+) -> StepLength:
+    """Halve NORM until the loss is below that before the start and falls no more; write the norm of the lowest."""
     drawn: list[Any] = []
 
     def once() -> Iterable[Any]:  # what the loader raises is then raised on all processes
@@ -90,4 +94,4 @@ def _searched(
             "the shortest step. Look at the loss function, or at the model."
         )
     write(best)
-    return Sized(best, (before, losses[best]))
+    return StepLength(best, (before, losses[best]))

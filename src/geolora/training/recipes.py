@@ -17,7 +17,7 @@ from geolora.errors import SettingError
 from geolora.methods import METHODS, STARTS, TRAINABLE, Method, method_of, resolve
 from geolora.pairs.find import find_pairs
 from geolora.settings.train_config import TrainConfig
-from geolora.starts.gradient_state import keep_second_half
+from geolora.starts.lora_ga import keep_second_half
 from geolora.trainer import factory_of
 
 START_ROWS = 64
