@@ -13,7 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from geolora.errors import DataError, DataWarning, ModelError, SettingError
 from geolora.settings.train_config import TrainConfig
-from geolora.tasks.causal_lm import IGNORED, CausalLM, is_right, of_chat, of_pair
+from geolora.tasks.answers import is_right
+from geolora.tasks.causal_lm import CausalLM
+from geolora.tasks.chat_tokens import chat_tokens, pair_tokens
+from geolora.tasks.tokenizers import IGNORED
 from geolora.training import run as training
 from models import CHAT, tiny_llama
 from rows import sums
@@ -131,7 +134,7 @@ def test_a_text_file_is_learnt_in_windows(config: TrainConfig, tmp_path: Path) -
 
 def test_the_loss_of_a_pair_is_on_the_completion(model: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
-    found = of_pair(tokenizer, {"prompt": "the film", "completion": "is good"})
+    found = pair_tokens(tokenizer, {"prompt": "the film", "completion": "is good"})
     assert tokenizer.decode(found["input_ids"]) == "the film is good </s>"
     assert found["labels"] == [IGNORED, IGNORED, *found["input_ids"][2:]]
 
@@ -140,7 +143,7 @@ def test_the_loss_of_a_chat_is_on_what_the_assistant_says(chat_model: Path) -> N
     tokenizer = AutoTokenizer.from_pretrained(chat_model)
     said = [("system", "not bad"), ("user", "the film"), ("assistant", "good"), ("user", "a plot"),
             ("assistant", "very fine")]  # fmt: skip
-    found = of_chat(tokenizer, [{"role": role, "content": text} for role, text in said])
+    found = chat_tokens(tokenizer, [{"role": role, "content": text} for role, text in said])
     kept = [i for i, label in zip(found["input_ids"], found["labels"], strict=True) if label >= 0]
     assert tokenizer.decode(kept) == "good </s> very fine </s>"
     assert all(label in (IGNORED, i) for i, label in zip(*found.values(), strict=True))
@@ -218,12 +221,12 @@ def test_an_answer_in_the_middle_may_look_another_way_than_the_last(chat_model: 
         "{% if m['role'] == 'assistant' and loop.last %}#### {% endif %}{{ m['content'] }}",
     )
     said = [("user", "the film"), ("assistant", "good"), ("user", "a plot"), ("assistant", "bad")]
-    found = of_chat(tokenizer, [{"role": role, "content": text} for role, text in said])
+    found = chat_tokens(tokenizer, [{"role": role, "content": text} for role, text in said])
     kept = [i for i, label in zip(found["input_ids"], found["labels"], strict=True) if label >= 0]
     assert tokenizer.decode(kept) == "good </s> #### bad </s>"
     tokenizer.chat_template = "{{ raise_exception('no system') }}"
     with pytest.raises(DataError, match="refuses messages of user, assistant: no system"):
-        of_chat(
+        chat_tokens(
             tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         )
 

@@ -5,10 +5,7 @@ all tokens of a text, on the completion, or on what the assistant says.
 """
 
 import gzip
-import re
-import sys
 import warnings
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,16 +15,14 @@ import torch
 from geolora.errors import DataError, DataWarning, ModelError, SettingError, nearest
 from geolora.processes import one_device
 from geolora.settings.train_config import TrainConfig
+from geolora.tasks.answers import answer_all, prompts_of
+from geolora.tasks.chat_tokens import chat_tokens, pair_tokens
 from geolora.tasks.task import Data, Loaded, Predictions, Rows, Task, loading, rows_of, source_of
-from geolora.tasks.tokenizers import limit, max_length, pad
+from geolora.tasks.tokenizers import IGNORED, limit, max_length, pad
 
 MAX_LENGTH = 1024
 EVAL_BATCH = 8
-IGNORED = -100
-"""Label of a token that is no part of the loss."""
 TEXT_FILES = (".txt", ".txt.gz")
-ANSWER = re.compile(r"####\s*(.+)")
-NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?")
 
 
 class CausalLM(Task):
@@ -77,11 +72,11 @@ class CausalLM(Task):
             tokenizer.pad_token_id, padding_free=config.packing
         )
         loaded = Loaded(model, tokenizer, [], collate)
-        # what is scored in the end is looked at now
+        # rows that cannot be scored are refused now, not after the training
         if config.metric == "exact_match":
-            _prompts(tokenizer, data.held_out, longest - config.max_new_tokens)
+            prompts_of(tokenizer, data.held_out, longest - config.max_new_tokens)
         else:
-            self._plain(loaded, data.held_out, "--eval", warn=True)
+            _examples(loaded, data.held_out, "--eval", warn=True)
         return loaded
 
     def encode(self, loaded: Loaded, rows: Rows, config: TrainConfig) -> list[dict[str, Any]]:
@@ -90,48 +85,16 @@ class CausalLM(Task):
         Raises:
             DataError: no row has a token to learn from.
         """
-        found = self._plain(loaded, rows, "--train", warn=True)
+        examples = _examples(loaded, rows, "--train", warn=True)
         if not config.packing:
-            return found
+            return examples
         from datasets import Dataset
         from datasets.utils import disable_progress_bars
         from trl.data_utils import pack_dataset
 
         disable_progress_bars()
-        packed = pack_dataset(Dataset.from_list(found), loaded.processor.model_max_length)
+        packed = pack_dataset(Dataset.from_list(examples), loaded.processor.model_max_length)
         return packed.to_list()
-
-    def _plain(
-        self, loaded: Loaded, rows: Rows, flag: str, warn: bool = False
-    ) -> list[dict[str, Any]]:
-        tokenizer, found, lost = loaded.processor, [], 0
-        size = tokenizer.model_max_length
-        for row in rows.inputs:
-            if "text" in row:
-                text = row["text"] + (tokenizer.eos_token or "")
-                ids = tokenizer(text, verbose=False)["input_ids"]
-                windows = (ids[at : at + size] for at in range(0, len(ids), size))
-                found += [{"input_ids": some, "labels": some} for some in windows if len(some) > 1]
-                continue
-            chat = "messages" in row
-            example = of_chat(tokenizer, row["messages"]) if chat else of_pair(tokenizer, row)
-            cut = {key: value[:size] for key, value in example.items()}
-            if any(label != IGNORED for label in cut["labels"][1:]):
-                found.append(cut)
-            else:
-                lost += 1
-        if not found:
-            raise DataError(
-                f"`{flag}`: no row has an answer within {size} tokens. Raise `--max-length`."
-            )
-        if lost and warn:
-            warnings.warn(
-                f"`{flag}`: {lost} of {len(rows)} rows have no answer within {size} tokens and are left "
-                "out. Raise `--max-length`.",
-                DataWarning,
-                stacklevel=2,
-            )
-        return found
 
     def trainer(
         self,
@@ -165,8 +128,8 @@ class CausalLM(Task):
         """Sums of negative log-likelihoods and counts of tokens, or which answers are right."""
         model = trainer.model.eval()
         if config.metric == "exact_match":
-            return _answers(model, loaded.processor, rows, config.max_new_tokens)
-        return _likelihoods(model, loaded, self._plain(loaded, rows, "--eval"))
+            return answer_all(model, loaded.processor, rows, config.max_new_tokens)
+        return _likelihoods(model, loaded, _examples(loaded, rows, "--eval"))
 
 
 def _counting_on(trainer: Any) -> Any:
@@ -182,69 +145,43 @@ def _counting_on(trainer: Any) -> Any:
     return Counting()
 
 
-def of_pair(tokenizer: Any, row: dict[str, str]) -> dict[str, list[int]]:
-    """Tokens of a prompt and a completion, each tokenised for itself: where one ends is never in doubt."""
-    prompt = _of_prompt(tokenizer, row["prompt"])
-    completion = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
-    if tokenizer.eos_token_id is not None:
-        completion = [*completion, tokenizer.eos_token_id]
-    return {"input_ids": prompt + completion, "labels": [IGNORED] * len(prompt) + completion}
+def _examples(loaded: Loaded, rows: Rows, flag: str, warn: bool = False) -> list[dict[str, Any]]:
+    """Tokens and labels of rows: texts in windows, pairs and chats cut to the longest row.
 
-
-def _of_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """Its tokens, without one that would end it."""
-    ids = tokenizer(prompt)["input_ids"]
-    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
-
-
-def of_chat(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> dict[str, list[int]]:
-    """Tokens of a chat by the tokenizer's template; labels where the assistant speaks.
+    Args:
+        flag: of the rows. warn: whether to say how many have no answer left, and so are left out.
 
     Raises:
-        DataError: the template does not take these messages, or does not show where the assistant speaks.
+        DataError: no row has a token to learn from.
     """
-    whole = _rendered(tokenizer, messages, False)
-    labels = [IGNORED] * len(whole)
-    for place, message in enumerate(messages):
-        if message.get("role") != "assistant":
+    tokenizer, examples, unanswered = loaded.processor, [], 0
+    size = tokenizer.model_max_length
+    for row in rows.inputs:
+        if "text" in row:
+            text = row["text"] + (tokenizer.eos_token or "")
+            ids = tokenizer(text, verbose=False)["input_ids"]
+            windows = (ids[start : start + size] for start in range(0, len(ids), size))
+            examples += [{"input_ids": w, "labels": w} for w in windows if len(w) > 1]
             continue
-        first = _common(_rendered(tokenizer, messages[:place], True), whole) if place else 0
-        last = _common(_rendered(tokenizer, messages[: place + 1], False), whole)
-        if last <= first:
-            # the last answer may look another way than one in the middle: see what is gone without it
-            rest = _rendered(tokenizer, [*messages[:place], *messages[place + 1 :]], False)
-            begin = _common(_rendered(tokenizer, messages[:place], False), whole)
-            last = begin + len(whole) - len(rest)
-        if last <= first:
-            raise DataError(
-                "`messages`: the chat template does not show where message "
-                f"{place + 1}, of the assistant, stands. Give prompts and completions instead."
-            )
-        labels[first:last] = whole[first:last]
-    return {"input_ids": whole, "labels": labels}
-
-
-def _rendered(tokenizer: Any, messages: Sequence[dict[str, Any]], begun: bool) -> list[int]:
-    """Tokens of messages by the template, with the beginning of an answer or without."""
-    from jinja2 import TemplateError
-
-    try:
-        return tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=begun, tokenize=True, return_dict=False
-        )
-    except (TemplateError, ValueError, TypeError, KeyError, IndexError) as error:
-        roles = ", ".join(str(message["role"]) for message in messages)
+        chat = "messages" in row
+        example = chat_tokens(tokenizer, row["messages"]) if chat else pair_tokens(tokenizer, row)
+        cut = {key: value[:size] for key, value in example.items()}
+        if any(label != IGNORED for label in cut["labels"][1:]):
+            examples.append(cut)
+        else:
+            unanswered += 1
+    if not examples:
         raise DataError(
-            f"`messages`: the chat template of the model refuses messages of {roles}: {error}."
-        ) from error
-
-
-def _common(part: list[int], whole: list[int]) -> int:
-    """Length of the common beginning."""
-    return next(
-        (at for at, (a, b) in enumerate(zip(part, whole, strict=False)) if a != b),
-        min(len(part), len(whole)),
-    )
+            f"`{flag}`: no row has an answer within {size} tokens. Raise `--max-length`."
+        )
+    if unanswered and warn:
+        warnings.warn(
+            f"`{flag}`: {unanswered} of {len(rows)} rows have no answer within {size} tokens and are left "
+            "out. Raise `--max-length`.",
+            DataWarning,
+            stacklevel=2,
+        )
+    return examples
 
 
 # ---- reading ------------------------------------------------------------------------------------
@@ -293,10 +230,10 @@ def _columns(config: TrainConfig, row: dict[str, Any], flag: str, path: str) -> 
 def _checked(
     row: dict[str, Any], columns: dict[str, str], number: int, flag: str, path: str
 ) -> dict[str, Any]:
-    found = {kind: row.get(name) for kind, name in columns.items()}
+    values = {kind: row.get(name) for kind, name in columns.items()}
     where = f"`{flag}`: row {number} of {Path(path).name}"
-    if "messages" in found:
-        given = found["messages"]
+    if "messages" in values:
+        given = values["messages"]
         messages = [m for m in given if isinstance(m, dict)] if isinstance(given, list) else []
         messages = [{key: m.get(key) for key in ("role", "content")} for m in messages]
         good = all(isinstance(value, str) for m in messages for value in m.values())
@@ -305,11 +242,11 @@ def _checked(
                 f"{where} must have `messages` [{{role, content}}, …] with an assistant's among them."
             )
         return {"messages": messages}
-    for kind, value in found.items():
+    for kind, value in values.items():
         if not isinstance(value, str):
             shown = "nothing" if value is None else type(value).__name__
             raise DataError(f"{where} must have text in column `{columns[kind]}`; got {shown}.")
-    return found
+    return values
 
 
 # ---- scoring ------------------------------------------------------------------------------------
@@ -318,93 +255,24 @@ def _checked(
 @torch.inference_mode()
 def _likelihoods(model: Any, loaded: Loaded, examples: list[dict[str, Any]]) -> Predictions:
     """Per example the sum of -log p over the tokens with a label, in nats, and their number."""
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))
+    by_length = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))
     sums, counts = [0.0] * len(examples), [0] * len(examples)
-    width = torch.nn.utils.rnn.pad_sequence
-    for at in range(0, len(order), EVAL_BATCH):
-        places = order[at : at + EVAL_BATCH]
-        ids = [torch.tensor(examples[i]["input_ids"]) for i in places]
+    padded = torch.nn.utils.rnn.pad_sequence
+    for start in range(0, len(by_length), EVAL_BATCH):
+        indices = by_length[start : start + EVAL_BATCH]
+        ids = [torch.tensor(examples[i]["input_ids"]) for i in indices]
         batch = {
-            "input_ids": width(ids, True, loaded.processor.pad_token_id),
-            "attention_mask": width([torch.ones_like(row) for row in ids], True, 0),
+            "input_ids": padded(ids, True, loaded.processor.pad_token_id),
+            "attention_mask": padded([torch.ones_like(row) for row in ids], True, 0),
         }
-        labels = width([torch.tensor(examples[i]["labels"]) for i in places], True, IGNORED)
+        labels = padded([torch.tensor(examples[i]["labels"]) for i in indices], True, IGNORED)
         batch = {key: value.to(model.device) for key, value in batch.items()}
         logits = model(**batch).logits[:, :-1].float()
         labels = labels[:, 1:].to(model.device)
-        lost = torch.nn.functional.cross_entropy(
+        losses = torch.nn.functional.cross_entropy(
             logits.mT, labels, reduction="none", ignore_index=IGNORED
         )
-        for i, total, count in zip(
-            places, lost.double().sum(1).tolist(), (labels != IGNORED).sum(1).tolist(), strict=True
-        ):
+        totals, tokens = losses.double().sum(1).tolist(), (labels != IGNORED).sum(1).tolist()
+        for i, total, count in zip(indices, totals, tokens, strict=True):
             sums[i], counts[i] = total, count
     return Predictions(sums, counts)
-
-
-def _prompts(tokenizer: Any, rows: Rows, longest: int) -> tuple[list[list[int]], list[str]]:
-    """Tokens of what is asked, at most so many, and the texts that are wanted.
-
-    Raises:
-        DataError: a prompt without a token. SettingError: one that leaves no room for an answer.
-    """
-    prompts, wanted = [], []
-    for number, row in enumerate(rows.inputs, 1):
-        if "messages" in row:
-            last = max(i for i, m in enumerate(row["messages"]) if m["role"] == "assistant")
-            wanted.append(row["messages"][last]["content"])
-            prompts.append(_rendered(tokenizer, row["messages"][:last], True) if last else [])
-        else:
-            wanted.append(row["completion"])
-            prompts.append(_of_prompt(tokenizer, row["prompt"]))
-        if not prompts[-1]:
-            raise DataError(f"`--eval`: row {number} asks nothing. Take it out.")
-        if len(prompts[-1]) > longest:
-            raise SettingError(
-                f"`--max-new-tokens` must leave room for the prompts; row {number} of --eval has "
-                f"{len(prompts[-1])} tokens, {max(longest, 0)} are left of what the model can hold. Lower it."
-            )
-    return prompts, wanted
-
-
-@torch.inference_mode()
-def _answers(model: Any, tokenizer: Any, rows: Rows, new: int) -> Predictions:
-    """1 for every row whose greedy answer is the wanted one, else 0; and what is wanted, ones."""
-    prompts, wanted = _prompts(tokenizer, rows, sys.maxsize)
-    hits = [0] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for at in range(0, len(order), EVAL_BATCH):
-        places = order[at : at + EVAL_BATCH]
-        size = max(len(prompts[i]) for i in places)
-        batch = tokenizer.pad(
-            {"input_ids": [prompts[i] for i in places]}, padding_side="left", return_tensors="pt"
-        ).to(model.device)
-        out = model.generate(
-            **batch, max_new_tokens=new, do_sample=False, pad_token_id=tokenizer.pad_token_id
-        )
-        for i, text in zip(
-            places, tokenizer.batch_decode(out[:, size:], skip_special_tokens=True), strict=True
-        ):
-            hits[i] = int(is_right(text, wanted[i]))
-    return Predictions(hits, [1] * len(hits))
-
-
-def is_right(text: str, wanted: str) -> bool:
-    """Whether a text answers what is wanted: what follows `####` in it, else all of it.
-
-    Where that is a number, the last number of the text's answer must equal it; else the words must be the same.
-    """
-    found, right = (" ".join(_answer(side).split()) for side in (text, wanted))
-    if NUMBER.fullmatch(right):
-        numbers = NUMBER.findall(found)
-        return bool(numbers) and _value(numbers[-1]) == _value(right)
-    return found == right
-
-
-def _answer(text: str) -> str:
-    marked = ANSWER.search(text)
-    return marked[1] if marked else text
-
-
-def _value(number: str) -> float:
-    return float(number.replace(",", "").replace("$", ""))

@@ -22,9 +22,9 @@ from geolora.tasks.task import (
     loading,
     rows_of,
     source_of,
+    with_classes,
     with_head,
 )
-from geolora.tasks.text_classification import with_classes
 
 UNREADABLE = (
     EOFError, KeyError, MemoryError, OSError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error,
@@ -137,8 +137,8 @@ def _of_folder(folder: Path, flag: str) -> Rows:
         path.name: sorted(file for file in path.rglob("*") if file.suffix.lower() in PICTURES)
         for path in classes
     }
-    turns = [(place, name, file) for name, some in files.items() for place, file in enumerate(some)]
-    turns.sort(key=lambda turn: turn[:2])
+    turns = [(turn, name, file) for name, some in files.items() for turn, file in enumerate(some)]
+    turns.sort(key=lambda row: row[:2])
     if not turns:
         raise DataError(
             f"`{flag}`: {folder} must hold a folder of pictures ({', '.join(PICTURES)}) per class; "
@@ -154,7 +154,7 @@ def _of_arrays(path: Path, flag: str) -> Rows:
     """`images` (n, height, width[, 3]) uint8 and `labels` (n,), or by a name of `ARRAYS`; `names` where there are any."""
     import numpy as np
 
-    found = {}
+    arrays = {}
     try:
         with path.open("rb") as opened_file, np.load(opened_file, allow_pickle=False) as file:
             for kind, known in ARRAYS[flag].items():
@@ -164,11 +164,11 @@ def _of_arrays(path: Path, flag: str) -> Rows:
                         f"`{flag}`: {path.name} must hold {' or '.join(known)}; it has {file.files}."
                         f"{nearest(kind, file.files)}"
                     )
-                found[kind] = file[name]
+                arrays[kind] = file[name]
             names = [str(name) for name in file["names"]] if "names" in file.files else None
     except UNREADABLE as error:
         raise DataError(f"`{flag}`: {path} cannot be read: {error}.") from error
-    images, labels = found["images"], found["labels"]
+    images, labels = arrays["images"], arrays["labels"]
     flat = images.dtype == np.uint8 and (
         images.ndim == 3 or (images.ndim == 4 and images.shape[-1] == 3)
     )

@@ -78,9 +78,9 @@ def _read_hub(source: str, flag: str) -> list[Row]:
     _demand_datasets(flag)
     import datasets
 
-    found = HUB.match(source)
-    assert found is not None  # noqa: S101 (read_rows)
-    name, config, split = found.groups()
+    match = HUB.match(source)
+    assert match is not None  # noqa: S101 (read_rows)
+    name, config, split = match.groups()
     datasets.disable_progress_bars()
     try:
         loaded = datasets.load_dataset(name, config, split=split or SPLITS[flag])
@@ -183,15 +183,15 @@ def numbers(values: Sequence[Any], name: str, source: str) -> list[float]:
     result = []
     for number, value in enumerate(values, 1):
         try:
-            found = float(value)
+            parsed = float(value)
         except (TypeError, ValueError):
-            found = math.nan
-        if not math.isfinite(found):
+            parsed = math.nan
+        if not math.isfinite(parsed):
             raise DataError(
                 f"`--label`: column `{name}` must hold finite numbers; row {number} of {source} has "
                 f"{value!r}. Use --task text-classification for classes."
             )
-        result.append(found)
+        result.append(parsed)
     return result
 
 

@@ -1,21 +1,20 @@
-"""What a task is: what differs between text, images and language, behind one training (`training.py`)."""
+"""What a task is: what differs between text, images and language, behind the one training of `training/run.py`."""
 
 import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch.utils.data import Subset
 
+from geolora.adapters.base_model import quietly
 from geolora.errors import DataError, ModelError, first_line
 from geolora.processes import one_device
-from geolora.tasks.rows import read_rows
-
-if TYPE_CHECKING:
-    from geolora.settings.train_config import TrainConfig
+from geolora.settings.train_config import TrainConfig
+from geolora.tasks.rows import class_names, read_rows
 
 
 @dataclass(frozen=True)
@@ -47,14 +46,14 @@ class Data:
 
     def digest(self) -> str:
         """A hash of everything that is learnt from and scored on."""
-        found = hashlib.sha256(json.dumps(self.names).encode())
+        digest = hashlib.sha256(json.dumps(self.names).encode())
         for values in (
             side for rows in (self.train, self.held_out) for side in (rows.inputs, rows.labels)
         ):
-            found.update(f"{len(values)} values\n".encode())
+            digest.update(f"{len(values)} values\n".encode())
             for value in values:
-                found.update(_bytes_of(value) + b"\n")
-        return found.hexdigest()
+                digest.update(_bytes_of(value) + b"\n")
+        return digest.hexdigest()
 
 
 def _bytes_of(value: Any) -> bytes:
@@ -81,8 +80,8 @@ class Loaded(NamedTuple):
 class Predictions(NamedTuple):
     """What is scored, a number or a short list of numbers per row; see `metrics.py`."""
 
-    found: list[Any]
-    wanted: list[Any]
+    predictions: list[Any]
+    targets: list[Any]
 
 
 class Task(ABC):
@@ -98,7 +97,7 @@ class Task(ABC):
     extras: ClassVar[dict[str, Any]] = {}
 
     @abstractmethod
-    def read(self, config: "TrainConfig") -> Data:
+    def read(self, config: TrainConfig) -> Data:
         """Read and check the files of a run.
 
         Raises:
@@ -106,7 +105,7 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def load(self, config: "TrainConfig", data: Data) -> Loaded:
+    def load(self, config: TrainConfig, data: Data) -> Loaded:
         """The base model and what goes with it.
 
         Raises:
@@ -114,7 +113,7 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def encode(self, loaded: Loaded, rows: Rows, config: "TrainConfig") -> list[dict[str, Any]]:
+    def encode(self, loaded: Loaded, rows: Rows, config: TrainConfig) -> list[dict[str, Any]]:
         """Examples to train on, not always one per row; `length(example)` sorts them."""
 
     def length(self, example: dict[str, Any]) -> int:
@@ -143,32 +142,28 @@ class Task(ABC):
             **self.extras,
             **more,
         )
-        # a model with a head means over the rows it is given, whatever else it is told: Trainer must
-        # mean over the parts of a step
+        # a model with a head takes the mean over the rows it is given, whatever else it is told: Trainer
+        # must take the mean over the microbatches of a step
         trainer.model_accepts_loss_kwargs = False
         return trainer
 
-    def predict(
-        self, trainer: Any, loaded: Loaded, rows: Rows, config: "TrainConfig"
-    ) -> Predictions:
+    def predict(self, trainer: Any, loaded: Loaded, rows: Rows, config: TrainConfig) -> Predictions:
         """Predictions for rows by the trained model."""
         examples = self.encode(loaded, rows, config)
-        order = sorted(range(len(examples)), key=lambda i: self.length(examples[i]))
-        found = trainer.predict([examples[i] for i in order]).predictions
-        found = torch.as_tensor(
-            found[0] if isinstance(found, tuple) else found
-        )  # logits come first
-        result: list[Any] = [None] * len(examples)
-        for place, logits in zip(order, found, strict=True):
-            result[place] = logits
-        return self.scored(result, examples, loaded, config)
+        by_length = sorted(range(len(examples)), key=lambda i: self.length(examples[i]))
+        output = trainer.predict([examples[i] for i in by_length]).predictions
+        first = output[0] if isinstance(output, tuple) else output  # logits come first
+        logits: list[Any] = [None] * len(examples)
+        for i, row in zip(by_length, torch.as_tensor(first), strict=True):
+            logits[i] = row
+        return self.scored(logits, examples, loaded, config)
 
     def scored(
         self,
         logits: list[torch.Tensor],
         examples: list[dict[str, Any]],
         loaded: Loaded,  # noqa: ARG002
-        config: "TrainConfig",  # noqa: ARG002
+        config: TrainConfig,  # noqa: ARG002
     ) -> Predictions:
         """What is scored of the logits (classes,) of every example: the class index."""
         return Predictions(
@@ -176,7 +171,7 @@ class Task(ABC):
         )
 
 
-def source_of(config: "TrainConfig", flag: str) -> str:
+def source_of(config: TrainConfig, flag: str) -> str:
     """What `--train` or `--eval` names.
 
     Raises:
@@ -188,7 +183,7 @@ def source_of(config: "TrainConfig", flag: str) -> str:
     return source
 
 
-def rows_of(config: "TrainConfig", flag: str) -> list[dict[str, Any]]:
+def rows_of(config: TrainConfig, flag: str) -> list[dict[str, Any]]:
     """Rows of the file of a flag, of the first `--train-rows` where it is the training file.
 
     Raises:
@@ -198,7 +193,7 @@ def rows_of(config: "TrainConfig", flag: str) -> list[dict[str, Any]]:
     return rows[: config.train_rows] if flag == "--train" else rows
 
 
-def loading(config: "TrainConfig", load: Callable[[str], Any]) -> Any:
+def loading(config: TrainConfig, load: Callable[[str], Any]) -> Any:
     """What `load(source)` gives for the model of a run, quietly.
 
     Args:
@@ -210,20 +205,15 @@ def loading(config: "TrainConfig", load: Callable[[str], Any]) -> Any:
     from pathlib import Path
 
     from safetensors import SafetensorError
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # a new head is what we ask for, not news
     source = str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model
     try:
-        return load(source)
+        with quietly():  # a new head is what we ask for, not news
+            return load(source)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"`--model`: {config.model} cannot be loaded: {first_line(error)}."
         ) from error
-    finally:
-        logging.set_verbosity(level)
 
 
 def heads(model: Any, info: Mapping[str, Any]) -> list[str]:
@@ -243,7 +233,7 @@ def heads(model: Any, info: Mapping[str, Any]) -> list[str]:
     return sorted({key.rpartition(".")[0] for key in missing} | kept)
 
 
-def with_head(auto: Any, source: str, config: "TrainConfig", **head: Any) -> tuple[Any, Any]:
+def with_head(auto: Any, source: str, config: TrainConfig, **head: Any) -> tuple[Any, Any]:
     """A model of an auto class, with a new head where its own is missing or of another size, and what was missing.
 
     Args:
@@ -256,6 +246,21 @@ def with_head(auto: Any, source: str, config: "TrainConfig", **head: Any) -> tup
         ignore_mismatched_sizes=True,
         trust_remote_code=False,
         **head,
+    )
+
+
+def with_classes(train: Rows, held_out: Rows, name: str = "label") -> Data:
+    """`Data` with class names, and labels as their indices."""
+    names = class_names(train.labels, held_out.labels, name)
+    index = {label: i for i, label in enumerate(names)}
+
+    def indexed(labels: Sequence[Any]) -> list[int]:
+        return [index[str(label)] for label in labels]
+
+    return Data(
+        Rows(train.inputs, indexed(train.labels)),
+        Rows(held_out.inputs, indexed(held_out.labels)),
+        names,
     )
 
 

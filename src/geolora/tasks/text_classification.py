@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from geolora.settings.train_config import TrainConfig
-from geolora.tasks.rows import class_names, numbers, texts
 from geolora.tasks.rows import column as column_of
+from geolora.tasks.rows import numbers, texts
 from geolora.tasks.task import (
     Data,
     Loaded,
@@ -20,6 +20,7 @@ from geolora.tasks.task import (
     loading,
     rows_of,
     source_of,
+    with_classes,
     with_head,
 )
 from geolora.tasks.tokenizers import max_length, pad
@@ -36,12 +37,12 @@ class TextClassification(Task):
         return with_classes(train, held_out, config.label)
 
     def _rows(self, config: TrainConfig, flag: str) -> Rows:
-        found = rows_of(config, flag)
+        rows = rows_of(config, flag)
         name = Path(source_of(config, flag)).name
-        columns = [texts(found, config.text, "--text", name)]
+        columns = [texts(rows, config.text, "--text", name)]
         if config.text_pair:
-            columns.append(texts(found, config.text_pair, "--text-pair", name))
-        labels = column_of(found, config.label, "--label", name)
+            columns.append(texts(rows, config.text_pair, "--text-pair", name))
+        labels = column_of(rows, config.label, "--label", name)
         return Rows(list(zip(*columns, strict=True)), labels)
 
     def load(self, config: TrainConfig, data: Data) -> Loaded:
@@ -119,18 +120,3 @@ def labelled_texts(
         for rows in (train, held_out)
     )
     return with_classes(learnt, scored)
-
-
-def with_classes(train: Rows, held_out: Rows, name: str = "label") -> Data:
-    """`Data` with class names, and labels as their indices."""
-    names = class_names(train.labels, held_out.labels, name)
-    index = {label: i for i, label in enumerate(names)}
-
-    def indexed(labels: Sequence[Any]) -> list[int]:
-        return [index[str(label)] for label in labels]
-
-    return Data(
-        Rows(train.inputs, indexed(train.labels)),
-        Rows(held_out.inputs, indexed(held_out.labels)),
-        names,
-    )

@@ -22,15 +22,13 @@ from geolora.tasks.task import (
     source_of,
     with_head,
 )
-from geolora.tasks.tokenizers import max_length, pad
+from geolora.tasks.tokenizers import IGNORED, max_length, pad
 
 MAX_LENGTH = 128
-IGNORED = -100
-"""Label of a token that does not begin a word."""
 
 
 def mean_over_words(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> Any:
-    """Cross-entropy over the words of a part, as its share of the mean over the whole step."""
+    """Cross-entropy over the words of a microbatch, as its share of the mean over all words of the step."""
     flat = outputs.logits.flatten(0, 1).float()
     total = torch.nn.functional.cross_entropy(
         flat, labels.flatten(), ignore_index=IGNORED, reduction="sum"
@@ -96,13 +94,13 @@ class TokenClassification(Task):
         rows: Rows,
         config: TrainConfig,  # noqa: ARG002
     ) -> list[dict[str, Any]]:
-        """One example per row; a word's tag stands at its first token."""
+        """One example per row; a word's tag stands at its first token, its other tokens are ignored."""
         batch = loaded.processor(rows.inputs, is_split_into_words=True, truncation=True)
         examples = []
         for i, tags in enumerate(rows.labels):
             words, labels = batch.word_ids(i), []
-            for place, word in enumerate(words):
-                begins = word is not None and (place == 0 or words[place - 1] != word)
+            for position, word in enumerate(words):
+                begins = word is not None and (position == 0 or words[position - 1] != word)
                 labels.append(tags[word] if begins else IGNORED)
             examples.append({**{key: batch[key][i] for key in batch}, "labels": labels})
         return examples
@@ -114,24 +112,24 @@ class TokenClassification(Task):
         loaded: Loaded,
         config: TrainConfig,
     ) -> Predictions:
-        """Words that are right, and words; or entities that are right and found, and those there are.
+        """Words that are right, and words; or entities that are right and predicted, and those there are.
 
         Words beyond the longest row are not scored.
         """
-        found, wanted = [], []
+        predictions, targets = [], []
         names = loaded.model.config.id2label
         for row, example in zip(logits, examples, strict=True):
             labels = torch.tensor(example["labels"])
             kept = labels != IGNORED
             guess, right = row[: len(labels)].argmax(-1)[kept], labels[kept]
             if config.metric == "token_accuracy":
-                found.append(int((guess == right).sum()))
-                wanted.append(len(right))
+                predictions.append(int((guess == right).sum()))
+                targets.append(len(right))
                 continue
             ours, theirs = (entities([names[int(i)] for i in tags]) for tags in (guess, right))
-            found.append([len(ours & theirs), len(ours)])
-            wanted.append(len(theirs))
-        return Predictions(found, wanted)
+            predictions.append([len(ours & theirs), len(ours)])
+            targets.append(len(theirs))
+        return Predictions(predictions, targets)
 
 
 def entities(tags: list[str]) -> set[tuple[int, int, str]]:
@@ -139,15 +137,15 @@ def entities(tags: list[str]) -> set[tuple[int, int, str]]:
 
     One begins at B-X, and at an I-X that follows O or another kind, as conlleval counts.
     """
-    found, start, kind = set(), 0, ""
-    for place, tag in enumerate([*tags, "O"]):
+    result, start, kind = set(), 0, ""
+    for number, tag in enumerate([*tags, "O"]):
         mark, _, name = tag.partition("-")
         if kind and (mark != "I" or name != kind):
-            found.add((start, place, kind))
+            result.add((start, number, kind))
             kind = ""
         if mark != "O" and not kind:
-            start, kind = place, name
-    return found
+            start, kind = number, name
+    return result
 
 
 def _flat(lists: list[list[Any]]) -> list[Any]:

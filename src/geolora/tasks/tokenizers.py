@@ -1,14 +1,15 @@
-"""Tokenizers made fit for training: a padding token, a length."""
+"""Tokenizers made fit for training: a padding token, a length; and the label of tokens without one."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from geolora.errors import ModelError, SettingError
+from geolora.settings.train_config import TrainConfig
 
-if TYPE_CHECKING:
-    from geolora.settings.train_config import TrainConfig
+IGNORED = -100
+"""Label of a token that the loss and the scores leave out; torch's default of `ignore_index`."""
 
 
-def pad(tokenizer: Any, model: Any, config: "TrainConfig") -> None:
+def pad(tokenizer: Any, model: Any, config: TrainConfig) -> None:
     """Give tokenizer and model a padding token, the end token where they have none.
 
     Raises:
@@ -29,7 +30,7 @@ def limit(tokenizer: Any, model: Any) -> int:
     return min(longest, tokenizer.model_max_length)
 
 
-def max_length(tokenizer: Any, model: Any, config: "TrainConfig", usual: int) -> int:
+def max_length(tokenizer: Any, model: Any, config: TrainConfig, usual: int) -> int:
     """Tokens per row: `--max-length`, or the usual number, or fewer where the model has its limit.
 
     Raises:
