@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from geolora.training.run import versions
+from geolora.training.identity import versions
 
 RESULTS = Path(__file__).parent / "results"
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"

@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import geolora
 from geolora.cli.__main__ import build_parser
 from geolora.methods import METHODS
-from geolora.settings.train_config import TrainConfig, check
+from geolora.settings.train_config import TrainConfig
+from geolora.training.check import check
 
 ROOT = Path(__file__).parents[1]
 PAGES = {

@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 import geolora
 from geolora.comparing.plan import read_plan
 from geolora.errors import GeoloraError
-from geolora.settings.strict_yaml import read_yaml, settings_of, written
-from geolora.settings.train_config import TrainConfig, check
+from geolora.settings.strict_yaml import as_yaml, read_yaml, settings_of
+from geolora.settings.train_config import TrainConfig
 from geolora.training import run as training
+from geolora.training.check import check
 from geolora.training.checkpoints import flaw, latest, seal
 from models import lora_net
 
@@ -82,7 +83,7 @@ def _nothing_is_run() -> Any:
 
 # ---- configs ------------------------------------------------------------------------------------
 
-GOOD = written(TrainConfig(model="m", train="t.jsonl", eval="e.jsonl", lr=1e-3)).encode()
+GOOD = as_yaml(TrainConfig(model="m", train="t.jsonl", eval="e.jsonl", lr=1e-3)).encode()
 PLAN = b"""output: out
 common: {model: m, max_steps: 20}
 tasks:

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 import geolora
 from geolora.errors import SettingError
-from geolora.settings.train_config import TrainConfig, check
+from geolora.settings.train_config import TrainConfig
+from geolora.training.check import check
 from models import Net, backward, lora_net, products, tiny_bert
 from rows import reviews
 
@@ -37,7 +38,8 @@ import torch
 from torch import distributed, nn
 import geolora
 from geolora.errors import SettingError
-from geolora.settings.train_config import TrainConfig, check
+from geolora.settings.train_config import TrainConfig
+from geolora.training.check import check
 from models import Net, batch, lora_net, products
 rank, how = int(sys.argv[1]), sys.argv[2]
 distributed.init_process_group("gloo", init_method="file://{file}", rank=rank, world_size=2)

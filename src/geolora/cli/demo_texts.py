@@ -115,11 +115,11 @@ def _texts_by_theme() -> dict[str, list[str]]:
 
 def _collect() -> dict[str, list[str]]:
     """Return the sorted texts of each theme, without those that a second theme has too."""
-    found = {theme: _by_key(names) for theme, names in sorted(THEMES.items())}
-    holders = Counter(key for texts in found.values() for key in texts)
+    by_theme = {theme: _by_key(names) for theme, names in sorted(THEMES.items())}
+    holders = Counter(key for texts in by_theme.values() for key in texts)
     return {
         theme: sorted(text for key, text in texts.items() if holders[key] == 1)
-        for theme, texts in found.items()
+        for theme, texts in by_theme.items()
     }
 
 

@@ -22,8 +22,8 @@ def run(arguments: argparse.Namespace) -> None:
     import tempfile
     from pathlib import Path
 
+    from geolora.adapters.base_model import load_adapter
     from geolora.adapters.export import export
-    from geolora.adapters.verify import load_adapter
     from geolora.training.output_folder import check_output, clear
 
     output = Path(arguments.output)

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print a rank map and a row per layer; draw them where asked."""
-    from geolora.adapters.verify import as_rows, inspect
+    from geolora.adapters.inspect import as_rows, inspect
     from geolora.report import figures, text
 
     if arguments.figures is not None:

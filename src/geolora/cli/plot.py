@@ -30,8 +30,8 @@ def run(arguments: argparse.Namespace) -> None:
     from geolora.report.figures import can_draw
     from geolora.training.output_folder import writing
 
-    found = [(Path(folder), _read(Path(folder))) for folder in arguments.folders]
-    for folder, report in found:
+    reports = [(Path(folder), _read(Path(folder))) for folder in arguments.folders]
+    for folder, report in reports:
         with writing(folder):
             drawn = draw_comparison(folder) if report is None else draw_run(folder, report)
         print(f"written: {', '.join([f'{folder}/report.html', *(path.name for path in drawn)])}")

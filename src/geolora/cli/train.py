@@ -64,7 +64,7 @@ def _add_flag(group: typing.Any, spec: dataclasses.Field) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Train, and print the result."""
     from geolora import processes
-    from geolora.settings.strict_yaml import read_yaml, settings_of, written
+    from geolora.settings.strict_yaml import as_yaml, read_yaml, settings_of
     from geolora.training import run as training
     from geolora.training.output_folder import writing
 
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
     of_file = settings_of(read_yaml(path), TrainConfig, path) if path else {}
     config = TrainConfig(**{**of_file, **given})
     if arguments.print_config:
-        print(written(config), end="")
+        print(as_yaml(config), end="")
         return
     report = training.run(config)
     if not processes.first():
@@ -99,5 +99,5 @@ def summary(report: dict, output: str, budget: int | None = None) -> str:
 def _plain(hint: typing.Any) -> typing.Any:
     """int for `int | None`, and so on."""
     if isinstance(hint, types.UnionType):
-        return next(part for part in typing.get_args(hint) if part is not type(None))
+        return next(kind for kind in typing.get_args(hint) if kind is not type(None))
     return hint

@@ -115,11 +115,11 @@ def read_plan(path: str | Path) -> Plan:
 
 def _settings(given: Any, where: str, below: dict[str, Any]) -> dict[str, Any]:
     """Settings of one level over those of the levels below."""
-    found = settings_of(mapping(given, where) if given is not None else {}, TrainConfig, where)
+    settings = settings_of(mapping(given, where) if given is not None else {}, TrainConfig, where)
     for key in GRID:
-        if key in found:
+        if key in settings:
             raise SettingError(f"{where}: `{key}` belongs to the comparison, not to a run.")
-    return {**below, **found}
+    return {**below, **settings}
 
 
 def _lrs(given: Any, where: str) -> tuple[dict[str, Any], list[float] | None]:

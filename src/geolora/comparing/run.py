@@ -1,6 +1,6 @@
 """`geolora compare`: a grid of methods, step sizes, seeds and tasks, and what follows from it.
 
-Every run is one JSON file under `runs/`; a run that has its file is not run again. A part of the
+Every run is one JSON file under `runs/`; a run that has its file is not run again. A share of the
 training rows is held back: the step size of every method is chosen by the score on them (mean over
 the seeds), and only then the score on the evaluation set at that step size counts. `plan.py` reads the
 grid, `summary.py` computes the numbers of `comparison.json`, `report/comparison.py` draws them.
@@ -20,10 +20,13 @@ from geolora.comparing.plan import GRID, Cell, Plan
 from geolora.comparing.summary import summarise
 from geolora.errors import GradientError, OutputError, SettingError
 from geolora.files import read_json, write_json
-from geolora.settings.train_config import DEFAULTS, TrainConfig, check, unfinished
+from geolora.settings.train_config import DEFAULTS, TrainConfig
 from geolora.tasks.task import Data, Rows
+from geolora.training.check import check
+from geolora.training.identity import base_id
 from geolora.training.output_folder import alone, check_output, clear, writing
-from geolora.training.run import base_id, load, train
+from geolora.training.resume import unfinished
+from geolora.training.run import load, train
 
 
 def run_all(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
@@ -102,16 +105,16 @@ def _run(cell: Cell, data: Data, choice: Rows) -> dict[str, Any]:
         "failure": None,
     }
     try:
-        found = train(cell.config, data, choice)
+        outcome = train(cell.config, data, choice)
     except GradientError as error:
         return {**result, "failure": str(error)}
     return {
         **result,
-        "report": {key: value for key, value in found.report.items() if key != "command"},
-        "choice": found.choice,
-        "history": found.history,
-        "predictions": found.predictions,
-        "targets": found.targets,
+        "report": {key: value for key, value in outcome.report.items() if key != "command"},
+        "choice": outcome.choice,
+        "history": outcome.history,
+        "predictions": outcome.predictions,
+        "targets": outcome.targets,
     }
 
 

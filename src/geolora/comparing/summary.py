@@ -1,6 +1,6 @@
 """What follows from the runs of a comparison: the chosen step sizes, the table, curves and maps.
 
-All numbers are computed here; `report/comparison.py` draws them.
+All numbers are computed here, the intervals in `bootstrap.py`; `report/comparison.py` draws them.
 """
 
 import json
@@ -9,16 +9,13 @@ import statistics
 import zlib
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-
+from geolora.comparing.bootstrap import Difference, interval, paired_difference
 from geolora.comparing.plan import GRID, Cell
 from geolora.methods import METHODS
-from geolora.tasks.metrics import LOWER_IS_BETTER, METRICS
+from geolora.tasks.metrics import LOWER_IS_BETTER
 
-RESAMPLES = 10_000
-INTERVAL = 0.95
 FILES = ("model", "train", "eval")
 """Settings that may be paths; of an absolute one only the name is kept."""
 
@@ -46,25 +43,25 @@ def summarise(
         runs.setdefault(cell.lr, []).append({**result, "seed": cell.seed})
     sweeps, rows, curves, maps = [], [], [], []
     chosen = {key: _best_lr(runs) for key, runs in by_cell.items()}
-    gaps: dict[str, dict[str, _Gap]] = {}
+    differences: dict[str, dict[str, Difference]] = {}
     for (task, method), runs in by_cell.items():
-        for lr, found in runs.items():
-            sweeps.append({"task": task, "method": method, "lr": lr, **_scores(found)})
+        for lr, at_lr in runs.items():
+            sweeps.append({"task": task, "method": method, "lr": lr, **_scores(at_lr)})
         best = chosen[task, method]
         row: dict[str, Any] = {"task": task, "method": method, "lr": best}
         rows.append(row)
-        whole = [run for run in runs[best] if not run["failure"]]
+        finished = [run for run in runs[best] if not run["failure"]]
         row |= _scores(runs[best])
-        if not whole:
+        if not finished:
             continue
-        row |= _costs(whole)
+        row |= _costs(finished)
         rivals = by_cell[task, against][chosen[task, against]]
         if method != against:
-            gap = _gap(whole, rivals, zlib.crc32(task.encode()))
-            row["difference"] = gap and _interval([gap])
-            if gap:
-                gaps.setdefault(method, {})[task] = gap
-        first = whole[0]
+            difference = paired_difference(finished, rivals, zlib.crc32(task.encode()))
+            row["difference"] = difference and interval([difference])
+            if difference:
+                differences.setdefault(method, {})[task] = difference
+        first = finished[0]
         curves.append(
             {
                 "task": task,
@@ -72,15 +69,15 @@ def summarise(
                 "seed": first["seed"],
                 "steps": [entry["step"] for entry in first["history"]],
                 "losses": [entry["loss"] for entry in first["history"]],
-                "regularised": METHODS[first["settings"]["method"]].regularises,
+                "regularised": _regularises(first["settings"]["method"]),
             }
         )
         maps.append({"task": task, "method": method, "ranks": first["report"]["ranks"]})
     metrics = {
         task: run["report"]["metric"]
         for (task, _), runs in by_cell.items()
-        for found in runs.values()
-        for run in found
+        for at_lr in runs.values()
+        for run in at_lr
         if not run["failure"]
     }
     return {
@@ -90,7 +87,7 @@ def summarise(
         "metrics": metrics,
         "lower_is_better": [task for task, name in metrics.items() if name in LOWER_IS_BETTER],
         "rows": rows,
-        "means": _means(rows, gaps) if _same_direction(metrics) else [],
+        "means": _means(rows, differences) if _same_direction(metrics) else [],
         "learning_rates": sweeps,
         "curves": curves,
         "maps": maps,
@@ -119,10 +116,10 @@ def _best_lr(runs: dict[float | None, list[dict[str, Any]]]) -> float | None:
     """
 
     def worth(lr: float | None) -> tuple[bool, float, float]:
-        whole = [run for run in runs[lr] if not run["failure"]]
-        scores = [_worth(run) for run in whole if run["choice"] is not None]
+        finished = [run for run in runs[lr] if not run["failure"]]
+        scores = [_worth(run) for run in finished if run["choice"] is not None]
         mean = statistics.fmean(scores) if scores else -math.inf
-        return len(whole) == len(runs[lr]), mean, -(lr or 0.0)
+        return len(finished) == len(runs[lr]), mean, -(lr or 0.0)
 
     return max(runs, key=worth)
 
@@ -134,15 +131,15 @@ def _worth(run: dict[str, Any]) -> float:
 
 def _scores(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean and spread over seeds of the scores; None where every run diverged."""
-    whole = [run for run in runs if not run["failure"]]
-    values = [run["report"]["value"] for run in whole]
+    finished = [run for run in runs if not run["failure"]]
+    values = [run["report"]["value"] for run in finished]
     return {
         "seeds": len(runs),
-        "diverged": len(runs) - len(whole),
+        "diverged": len(runs) - len(finished),
         "value": _mean(values),
         "spread": statistics.stdev(values) if len(values) > 1 else None,
-        "choice": _mean([run["choice"] for run in whole if run["choice"] is not None]),
-        "train_loss": _mean([run["report"]["train_loss"] for run in whole]),
+        "choice": _mean([run["choice"] for run in finished if run["choice"] is not None]),
+        "train_loss": _mean([run["report"]["train_loss"] for run in finished]),
     }
 
 
@@ -156,61 +153,18 @@ def _costs(runs: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-class _Gap(NamedTuple):
-    """The difference of two methods on a task: its mean, and the means of all bootstrap draws."""
-
-    mean: float
-    draws: torch.Tensor
-    seeds: int
-
-
-def _gap(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], seed: int) -> _Gap | None:
-    """The difference of two methods, seeds paired; None where they have no seed in common.
-
-    Rows of the evaluation set and seeds are both drawn again with replacement, the same draw for
-    both methods.
-    """
-    other = {run["seed"]: run for run in theirs if not run["failure"]}
-    pairs = [(run, other[run["seed"]]) for run in ours if run["seed"] in other]
-    if not pairs:
-        return None
-    metric = METRICS[pairs[0][0]["report"]["metric"]]
-    target = torch.tensor(pairs[0][0]["targets"])
-    rows = len(target)
-    generator = torch.Generator().manual_seed(seed)
-    draws = []
-    for _ in range(RESAMPLES // 1000):  # in parts: a part holds 1000 x rows numbers
-        index = torch.randint(rows, (1000, rows), generator=generator)
-        weights = torch.zeros(1000, rows, dtype=torch.float64)
-        weights.scatter_add_(1, index, torch.ones_like(weights))
-        gaps = [
-            metric(torch.tensor(a["predictions"]), target, weights)
-            - metric(torch.tensor(b["predictions"]), target, weights)
-            for a, b in pairs
-        ]
-        seeds = torch.randint(len(pairs), (1000, len(pairs)), generator=generator)
-        draws.append(torch.stack(gaps, dim=1).gather(1, seeds).mean(1))
-    mean = statistics.fmean(a["report"]["value"] - b["report"]["value"] for a, b in pairs)
-    return _Gap(mean, torch.cat(draws), len(pairs))
-
-
-def _interval(gaps: list[_Gap]) -> dict[str, Any]:
-    """The mean of one difference or several, its bootstrap interval, and the fewest seeds."""
-    low, high = (
-        torch.stack([gap.draws for gap in gaps])
-        .mean(0)
-        .quantile(torch.tensor([(1 - INTERVAL) / 2, (1 + INTERVAL) / 2], dtype=torch.float64))
-    )
-    mean = statistics.fmean(gap.mean for gap in gaps)
-    seeds = min(gap.seeds for gap in gaps)
-    return {"mean": mean, "low": float(low), "high": float(high), "seeds": seeds}
+def _regularises(method: str) -> bool:
+    """Whether the losses of a method hold a penalty, and so cannot be compared with those of others."""
+    return method in METHODS and METHODS[method].regularises
 
 
 def _same_direction(metrics: dict[str, str]) -> bool:
     return len({name in LOWER_IS_BETTER for name in metrics.values()}) < 2
 
 
-def _means(rows: list[dict[str, Any]], gaps: dict[str, dict[str, _Gap]]) -> list[dict[str, Any]]:
+def _means(
+    rows: list[dict[str, Any]], differences: dict[str, dict[str, Difference]]
+) -> list[dict[str, Any]]:
     """Means over the tasks, of the methods that have a score on each; none for a single task."""
     tasks = {row["task"] for row in rows}
     means = []
@@ -224,8 +178,8 @@ def _means(rows: list[dict[str, Any]], gaps: dict[str, dict[str, _Gap]]) -> list
             "adapter_parameters": round(_mean([row["adapter_parameters"] for row in mine]) or 0),
             "exported_parameters": round(_mean([row["exported_parameters"] for row in mine]) or 0),
         }
-        if len(gaps.get(method, {})) == len(tasks):
-            mean["difference"] = _interval(list(gaps[method].values()))
+        if len(differences.get(method, {})) == len(tasks):
+            mean["difference"] = interval(list(differences[method].values()))
         means.append(mean)
     return means
 
@@ -253,8 +207,8 @@ def _budgets(
         ]
         sizes, lrs = ({field[key] for field in fields} for key in ("budget", "lr"))
         if len(sizes) > 1 and len(lrs) > 1:
-            found = {"budgets": sorted(sizes), "lrs": sorted(lrs), "fields": fields}
-            maps.append({"task": task, "method": method, **found})
+            axes = {"budgets": sorted(sizes), "lrs": sorted(lrs)}
+            maps.append({"task": task, "method": method, **axes, "fields": fields})
     return maps
 
 
@@ -281,16 +235,16 @@ def _settings(results: list[tuple[Cell, dict[str, Any]]]) -> list[dict[str, Any]
     scopes: dict[tuple[str | None, str | None], dict[str, Any]] = {}
     for name in next(iter(cells.values())):
         for of_task, of_method in ((False, False), (True, False), (False, True), (True, True)):
-            found: dict[tuple[str | None, str | None], list[Any]] = {}
+            in_scope: dict[tuple[str | None, str | None], list[Any]] = {}
             for (task, method), values in cells.items():
                 scope = (task if of_task else None, method if of_method else None)
-                found.setdefault(scope, []).append(values[name])
-            if all(value == same[0] for same in found.values() for value in same):
-                for scope, same in found.items():
+                in_scope.setdefault(scope, []).append(values[name])
+            if all(value == same[0] for same in in_scope.values() for value in same):
+                for scope, same in in_scope.items():
                     if same[0] is not None:
                         scopes.setdefault(scope, {})[name] = same[0]
                 break
-    ordered = sorted(scopes.items(), key=lambda item: [part is not None for part in item[0]])
+    ordered = sorted(scopes.items(), key=lambda item: [name is not None for name in item[0]])
     return [{"task": task, "method": method, "values": v} for (task, method), v in ordered]
 
 
@@ -305,11 +259,11 @@ def _shown(cell: Cell) -> dict[str, Any]:
 
 def _versions(results: list[tuple[Cell, dict[str, Any]]]) -> dict[str, list[str]]:
     """All versions that made a run, by package."""
-    found: dict[str, set[str]] = {}
+    by_package: dict[str, set[str]] = {}
     for _, result in results:
         for package, version in result.get("report", {}).get("versions", {}).items():
-            found.setdefault(package, set()).add(version)
-    return {package: sorted(versions) for package, versions in found.items()}
+            by_package.setdefault(package, set()).add(version)
+    return {package: sorted(versions) for package, versions in by_package.items()}
 
 
 def _mean(values: list[float]) -> float | None:

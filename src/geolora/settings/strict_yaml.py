@@ -46,7 +46,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise SettingError(f"{path} cannot be read: {error}.") from error
     try:
-        found = yaml.load(text, Loader)
+        value = yaml.load(text, Loader)
     except SettingError:
         raise
     except (yaml.YAMLError, ValueError) as error:
@@ -54,10 +54,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         at = f" in line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "cannot be parsed"
         raise SettingError(f"{path} is not YAML{at}: {problem}.") from error
-    return mapping(found, str(path))
+    return mapping(value, str(path))
 
 
-def written(config: Any) -> str:
+def as_yaml(config: Any) -> str:
     """A dataclass of settings as YAML that `settings_of` reads to the same, each with its help as a comment."""
     lines = [
         f"# {spec.metadata['help']}\n{spec.name}: {_scalar(getattr(config, spec.name))}\n"
@@ -70,8 +70,8 @@ def _scalar(value: Any) -> str:
     """A word, number, bool or None in YAML; words in quotes, with what does not print escaped."""
     if not isinstance(value, str):
         return json.dumps(value)
-    shown = value.replace("\\", "\\\\").replace('"', '\\"')
-    return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in shown) + '"'
+    text = value.replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in text) + '"'
 
 
 def mapping(value: Any, where: str) -> dict[str, Any]:

@@ -1,18 +1,22 @@
-"""What a run is: one field per flag of `geolora train`, checked before anything is loaded."""
+"""What may be said of a run: one field per flag of `geolora train`, with its help and its choices.
 
-import math
-from dataclasses import asdict, dataclass, field, fields
-from importlib.util import find_spec
-from pathlib import Path
+Whether what is said can work is checked in `training/check.py`.
+"""
+
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-from geolora import processes
-from geolora.errors import ModelError, OutputError, SettingError, nearest
-from geolora.files import read_json
 from geolora.methods import STARTS, TRAINABLE
-from geolora.tasks.metrics import METRICS, METRICS_OF
-from geolora.training.output_folder import check_output
 
+METRICS_OF = {
+    "text-classification": ("accuracy", "matthews", "f1", "macro_f1"),
+    "text-regression": ("pearson",),
+    "token-classification": ("entity_f1", "token_accuracy"),
+    "image-classification": ("accuracy", "matthews", "f1", "macro_f1"),
+    "causal-lm": ("perplexity", "exact_match"),
+}
+"""Metrics of every task, the default first; `tasks/metrics.py` computes them."""
+METRICS = tuple(sorted({metric for metrics in METRICS_OF.values() for metric in metrics}))
 TASKS = tuple(METRICS_OF)
 LOGGERS = {
     "none": (),
@@ -55,7 +59,7 @@ class TrainConfig:
     metric: str | None = _flag(
         None,
         "score of the evaluation rows; accuracy, pearson, entity_f1 or perplexity if not given",
-        tuple(METRICS),
+        METRICS,
     )
     method: str = _flag("geolora", "how the adapter is trained", TRAINABLE)
     init: str = _flag(
@@ -100,8 +104,6 @@ HEADINGS = {
     "output": ["output", "overwrite", "save_every", "report_to"],
 }
 """The settings under the headings that help shows."""
-
-
 DEFAULTS = {spec.name: spec.default for spec in fields(TrainConfig)}
 ONLY_FOR = {
     "text_pair": ("text-classification", "text-regression"),
@@ -113,114 +115,3 @@ ONLY_FOR = {
     "max_length": tuple(task for task in TASKS if task != "image-classification"),
 }
 """Settings that only some tasks take."""
-
-
-def check(config: TrainConfig) -> None:
-    """Refuse settings that cannot work, before anything is loaded or written.
-
-    Raises:
-        SettingError: a flag out of its range. OutputError: an output folder that exists.
-    """
-    for spec in fields(config):
-        value, choices = getattr(config, spec.name), spec.metadata["choices"]
-        flag = f"--{spec.name.replace('_', '-')}"
-        unbounded = spec.name in ("seed", "tail", "lr", "rest_lr")
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if number and not unbounded and not value > 0:
-            raise SettingError(f"`{flag}` must be above 0; got {value}.")
-        if choices and value not in (None, *choices):
-            known = ", ".join(choices)
-            raise SettingError(
-                f"`{flag}` must be one of {known}; got {value}.{nearest(str(value), choices)}"
-            )
-    if not config.model:
-        raise ModelError("`--model` must be given: a local folder or a hub name.")
-    if not 0 <= config.seed < 2**32:
-        raise SettingError(f"`--seed` must be 0 or above and below 2^32; got {config.seed}.")
-    for flag, value in (("--lr", config.lr), ("--rest-lr", config.rest_lr)):
-        if value is not None and not (value >= 0 and math.isfinite(value)):
-            raise SettingError(f"`{flag}` must be a number >= 0; got {value}.")
-    if not math.isfinite(config.epochs):
-        raise SettingError(f"`--epochs` must be finite; got {config.epochs}.")
-    if config.metric not in (None, *METRICS_OF[config.task]):
-        raise SettingError(
-            f"`--metric` must be one of {', '.join(METRICS_OF[config.task])} for {config.task}; "
-            f"got {config.metric}."
-        )
-    for name, tasks in ONLY_FOR.items():
-        if config.task not in tasks and getattr(config, name) != DEFAULTS[name]:
-            raise SettingError(
-                f"`--{name.replace('_', '-')}` belongs to --task {', '.join(tasks)}; got {config.task}."
-            )
-    if "none" in config.report_to.split(",") and config.report_to != "none":
-        raise SettingError(f"`--report-to` must be none or loggers; got {config.report_to}.")
-    for name in config.report_to.split(","):
-        if name not in LOGGERS:
-            raise SettingError(
-                f"`--report-to` must be of {', '.join(LOGGERS)}; got {name}.{nearest(name, LOGGERS)}"
-            )
-        if LOGGERS[name] and not any(map(find_spec, LOGGERS[name])):
-            raise SettingError(
-                f"`--report-to` {name} needs the package `{LOGGERS[name][0]}`. Install it."
-            )
-    if config.batch_size % parts(config):
-        raise SettingError(
-            f"`--batch-size` must be a multiple of {parts(config)} (processes times "
-            f"--gradient-accumulation); got {config.batch_size}."
-        )
-    from geolora.training.recipes import recipe_of
-
-    recipe_of(config).check()
-    if not config.overwrite:
-        _refuse_changed(config)
-    if not unfinished(config) or config.overwrite:
-        check_output(config.output, config.overwrite, (config.model, config.train, config.eval))
-
-
-def parts(config: TrainConfig) -> int:
-    """Parts of the rows of a step that are computed apart, over all processes."""
-    return processes.count() * config.gradient_accumulation
-
-
-def unfinished(config: TrainConfig) -> bool:
-    """Whether the output folder holds a run of the same settings that was stopped."""
-    saved = _stopped(config)
-    return saved is not None and not _changed(config, saved)
-
-
-def _stopped(config: TrainConfig) -> dict[str, Any] | None:
-    """Settings of the run that was stopped in the output folder, whatever they are."""
-    output = Path(config.output)
-    if (output / "report.json").exists():
-        return None
-    try:
-        saved = read_json(output / "run.json")
-    except (OSError, ValueError):
-        return None
-    return saved if isinstance(saved, dict) else None
-
-
-def _changed(config: TrainConfig, saved: dict[str, Any]) -> list[str]:
-    ours = {key: value for key, value in asdict(config).items() if key != "overwrite"}
-    theirs = {key: value for key, value in saved.items() if key not in ("overwrite", "data")}
-    return sorted(k for k in {*ours, *theirs} if ours.get(k, ...) != theirs.get(k, ...))
-
-
-def _refuse_changed(config: TrainConfig) -> None:
-    """Raise `OutputError` where the folder holds a stopped run of other settings."""
-    saved = _stopped(config)
-    changed = _changed(config, saved) if saved else []
-    if saved and changed and changed != ["output"]:
-        flag = changed[0].replace("_", "-")
-        raise OutputError(
-            f"`--output`: {config.output} holds a stopped run with --{flag} "
-            f"{saved.get(changed[0])}, now {getattr(config, changed[0], None)}. Give the same flags "
-            "to go on, choose another folder, or add --overwrite to lose it."
-        )
-
-
-def planned_steps(config: TrainConfig, rows: int) -> int:
-    """Number of optimizer steps of a run."""
-    if config.max_steps:
-        return config.max_steps
-    return max(1, round(config.epochs * -(-rows // config.batch_size)))

@@ -68,9 +68,9 @@ def share(predictions: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
 
 
 def entity_f1(predictions: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """F1 over all entities (*batch,), from [right, found] (n, 2) and how many a row has; 0 without any."""
-    hits, found = (weights @ predictions.double()).unbind(-1)
-    sizes = found + weights @ labels.double()
+    """F1 over all entities (*batch,), from [right, predicted] (n, 2) and how many a row has; 0 without any."""
+    hits, predicted = (weights @ predictions.double()).unbind(-1)
+    sizes = predicted + weights @ labels.double()
     return torch.where(sizes > 0, 2 * hits / torch.where(sizes > 0, sizes, 1.0), 0.0)
 
 
@@ -92,15 +92,6 @@ METRICS = {
 }
 """(predictions (n, ...), labels (n, ...), weights (*batch, n) float64) -> scores (*batch,) float64."""
 LOWER_IS_BETTER = ("perplexity",)
-
-METRICS_OF = {
-    "text-classification": ("accuracy", "matthews", "f1", "macro_f1"),
-    "text-regression": ("pearson",),
-    "token-classification": ("entity_f1", "token_accuracy"),
-    "image-classification": ("accuracy", "matthews", "f1", "macro_f1"),
-    "causal-lm": ("perplexity", "exact_match"),
-}
-"""Metrics of a task, the default first."""
 
 
 def score(metric: str, predictions: list[Any], labels: list[Any]) -> float:

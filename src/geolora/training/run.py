@@ -1,40 +1,37 @@
 """A run of `geolora train`: rows in, `transformers.Trainer`, a PEFT adapter and a report out."""
 
-import hashlib
-import json
 import math
 import shlex
 import shutil
 import statistics
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, fields, replace
-from importlib import metadata
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from geolora import processes
-from geolora.errors import DataError, DivergedError, SettingError
+from geolora.errors import DivergedError, SettingError
 from geolora.files import read_json, write_json
-from geolora.methods import METHODS
-from geolora.settings.strict_yaml import written
-from geolora.settings.train_config import TrainConfig, check, parts, planned_steps, unfinished
+from geolora.settings.strict_yaml import as_yaml
+from geolora.settings.train_config import METRICS_OF, TrainConfig
 from geolora.tasks.causal_lm import CausalLM
 from geolora.tasks.image_classification import ImageClassification
-from geolora.tasks.metrics import METRICS_OF, score
-from geolora.tasks.task import Data, Rows, Task
+from geolora.tasks.metrics import score
+from geolora.tasks.task import Data, Loaded, Rows, Task
 from geolora.tasks.text_classification import TextClassification, TextRegression
 from geolora.tasks.token_classification import TokenClassification
 from geolora.trainer import log_ranks, progress_callback
 from geolora.training.batch_order import batch_order
-from geolora.training.checkpoints import Stopped, checkpoint_callback, flush, latest
-from geolora.training.output_folder import alone, clear, empty, writing
+from geolora.training.check import check, microbatches, planned_steps
+from geolora.training.checkpoints import Stopped, checkpoint_callback, flush
+from geolora.training.clock import clock_callback
+from geolora.training.identity import run_id, versions
+from geolora.training.output_folder import clear, writing
 from geolora.training.peak_memory import peak_bytes, reset_peak
-from geolora.training.recipes import Kept, Recipe, recipe_of
+from geolora.training.recipes import Batches, Kept, Recipe, recipe_of
+from geolora.training.resume import RUN, opened
 
 TASKS: dict[str, Task] = {
     "text-classification": TextClassification(),
@@ -44,8 +41,7 @@ TASKS: dict[str, Task] = {
     "causal-lm": CausalLM(),
 }
 WARMUP = 0.06
-SECONDS = "seconds.json"
-"""Seconds of every step so far, in a checkpoint."""
+"""Share of the steps in which the step size rises to its full length."""
 
 
 class Outcome(NamedTuple):
@@ -95,94 +91,42 @@ def train(config: TrainConfig, data: Data, choice: Rows | None = None) -> Outcom
         OutputError: the disk is full, a file cannot be written, or another process works there.
     """
     check(config)
-    from transformers import set_seed
-
-    task = TASKS[config.task]
-    if config.metric == "f1" and len(data.names) != 2:
-        raise SettingError(
-            f"`--metric f1` is of the second of two classes; there are {len(data.names)}. Use macro_f1."
-        )
+    _check_classes(config, data)
     processes.join()
     reset_peak()
-    set_seed(config.seed)
-    loaded = task.load(config, data)
-    examples = task.encode(loaded, data.train, config)
-    total = planned_steps(config, len(examples))
-    lengths = [task.length(example) for example in examples]
-    order = batch_order(lengths, config.batch_size, total, config.seed)
+    ready = _prepare(config, data)
+    recipe, model, output, data_id = ready.recipe, ready.model, Path(config.output), data.digest()
+    this_run = run_id(config, data_id)
 
-    def batches(size: int, number: int) -> list[Any]:
-        starts = range(0, min(len(order), number * size) - size + 1, size)
-        return [loaded.collate([examples[i] for i in order[at : at + size]]) for at in starts]
-
-    recipe = recipe_of(config)
-    optimizer = recipe.optimizer(total)
-    model = recipe.add_adapter(loaded.model, loaded.new, task.peft_type, total, batches)
-    # building one now finds unusable settings before anything is written
-    optimizer[0]()(model, **optimizer[1])
-
-    output, data_id = Path(config.output), data.digest()
-    run_id = _identity(config, data_id)
-    with writing(output), _opened(config, data_id, run_id) as resume:
+    with writing(output), opened(config, data_id, this_run) as checkpoint:
         if processes.first():
-            write_json(output / "run.json", {**asdict(config), "data": data_id})
-            again = replace(config, overwrite=False)  # it must not replace what it is the config of
-            (output / "config.yaml").write_text(written(again), encoding="utf-8")
-            recipe.keep_start(model, output / "start")
-        clock = _clock(resume)
-        checkpoints = checkpoint_callback(run_id, recipe.method.can_resume)
-        trainer = task.trainer(
-            loaded,
-            examples,
-            order,
-            _arguments(config, total),
-            model=model,
-            optimizer_cls_and_kwargs=optimizer,
-            callbacks=[
-                *([progress_callback()] if processes.first() else []),
-                clock,
-                *recipe.callbacks(model),
-                checkpoints,
-            ],
-        )
-        _only_our_bar(trainer)
-        log_ranks(trainer)
-        if config.gradient_checkpointing:
-            model.enable_input_require_grads()  # the embeddings are frozen
-        recipe.begin(model, batches, resumed=resume is not None)
+            _keep_settings(ready, data_id)
+        clock = clock_callback(checkpoint)
+        checkpoints = checkpoint_callback(this_run, recipe.method.can_resume)
+        trainer = _trainer(ready, clock, checkpoints)
+        recipe.begin(model, ready.batches, resumed=checkpoint is not None)
         processes.own_dropout(config.seed)
-        try:
-            trainer.train(resume_from_checkpoint=resume and str(resume))
-        except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
-            raise _diverged(trainer) from error
-        finally:
-            checkpoints.give_back()
+        _fit(ready, trainer, checkpoints, checkpoint)
+
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
-        trained = [p for p in model.parameters() if p.requires_grad]
-        losses = [entry["loss"] for entry in history[-1:]]
-        if not all(map(math.isfinite, losses)) or not all(
-            bool(p.isfinite().all()) for p in trained
-        ):
-            raise _diverged(trainer)
-        if checkpoints.stopped is not None:
-            raise Stopped(_how_to_go_on(config, checkpoints.stopped, total))
-        trainable = sum(p.numel() for p in trained)
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         recipe.finish(model)
-        kept = _save_adapter(model, recipe, loaded.processor) if processes.first() else None
+        kept = _save_adapter(ready) if processes.first() else None
 
         metric = config.metric or METRICS_OF[config.task][0]
-        found = task.predict(trainer, loaded, data.held_out, config)
-        chosen_on = None
+        predicted = ready.task.predict(trainer, ready.loaded, data.held_out, config)
+        choice_score = None
         if choice is not None:
-            chosen_on = score(metric, *task.predict(trainer, loaded, choice, config))
+            on_choice = ready.task.predict(trainer, ready.loaded, choice, config)
+            choice_score = score(metric, *on_choice)
         if kept is not None:
             report = {
                 "method": config.method,
                 "task": config.task,
                 "metric": metric,
-                "value": score(metric, *found),
+                "value": score(metric, *predicted),
                 "train_loss": _last_tenth(history),
-                "steps": total,
+                "steps": ready.steps,
                 "seconds": sum(clock.seconds),
                 "seconds_per_step": statistics.median(clock.seconds),
                 "trainable_parameters": trainable,
@@ -194,94 +138,118 @@ def train(config: TrainConfig, data: Data, choice: Rows | None = None) -> Outcom
                 "versions": versions(),
                 "command": shlex.join(["geolora", *sys.argv[1:]]),
             }
-            write_json(output / "history.json", history)
-            if data.names:
-                write_json(output / "labels.json", data.names)
-            write_json(output / "report.json", report)
-            for leftover in ("checkpoints", "start"):
-                shutil.rmtree(output / leftover, ignore_errors=True)
+            _write_report(output, report, history, data.names)
         processes.wait()
         report = read_json(output / "report.json")
-    return Outcome(report, history, *found, chosen_on)
+    return Outcome(report, history, *predicted, choice_score)
 
 
-@contextmanager
-def _opened(config: TrainConfig, data_id: str, run_id: str) -> Iterator[Path | None]:
-    """The output folder, held for this run and emptied unless it is gone on with; gives the checkpoint to go on from.
+# ---- what a run trains with ---------------------------------------------------------------------
 
-    Of several processes the first empties and holds it, when all have looked.
+
+@dataclass(frozen=True)
+class _Ready:
+    """All that a run trains with, made before anything is written.
+
+    Attributes:
+        loaded: the base model and what goes with it. model: the same with the adapter.
+        examples: what is trained on. order: their indices, one batch after the other.
+        batches: gives the first batches of a size in this order.
+        steps: of the optimizer, in all. optimizer: what Trainer's `optimizer_cls_and_kwargs` takes.
     """
-    output = Path(config.output)
-    resume = None if config.overwrite else _checkpoint(config, data_id, run_id)
-    processes.wait()
-    if processes.first():
-        output.mkdir(parents=True, exist_ok=True)
-    processes.wait()
-    with alone(output) if processes.first() else nullcontext():
-        if processes.first() and resume is None:
-            empty(output)
-        processes.wait()
-        yield resume
+
+    config: TrainConfig
+    task: Task
+    recipe: Recipe
+    loaded: Loaded
+    model: Any
+    examples: list[dict[str, Any]]
+    order: list[int]
+    batches: Batches
+    steps: int
+    optimizer: tuple[Any, dict[str, Any]]
 
 
-def _save_adapter(model: Any, recipe: Recipe, processor: Any) -> Kept:
-    """Write `adapter/`, at once or not at all."""
-    output = Path(recipe.config.output)
-    partial = output / "adapter.partial"
-    clear(partial)
-    kept = recipe.save(model, partial, output / "start")
-    processor.save_pretrained(partial)
-    flush(partial)
-    clear(output / "adapter")
-    partial.rename(output / "adapter")
-    return kept
+def _check_classes(config: TrainConfig, data: Data) -> None:
+    if config.metric == "f1" and len(data.names) != 2:
+        raise SettingError(
+            f"`--metric f1` is of the second of two classes; there are {len(data.names)}. Use macro_f1."
+        )
 
 
-def _diverged(trainer: Any) -> DivergedError:
-    return DivergedError(
-        f"training diverged: after step {trainer.state.global_step} the loss or the trained weights "
-        "are not finite. Lower `--lr`."
+def _prepare(config: TrainConfig, data: Data) -> _Ready:
+    """Load the model, encode and order the rows, add the adapter; an optimizer is made for trial.
+
+    Raises:
+        ModelError, DataError, SettingError: what does not fit together.
+    """
+    from transformers import set_seed
+
+    set_seed(config.seed)
+    task, recipe = TASKS[config.task], recipe_of(config)
+    loaded = task.load(config, data)
+    examples = task.encode(loaded, data.train, config)
+    steps = planned_steps(config, len(examples))
+    lengths = [task.length(example) for example in examples]
+    order = batch_order(lengths, config.batch_size, steps, config.seed)
+    optimizer = recipe.optimizer(steps)
+
+    def batches(size: int, number: int) -> list[Any]:
+        starts = range(0, min(len(order), number * size) - size + 1, size)
+        return [loaded.collate([examples[i] for i in order[at : at + size]]) for at in starts]
+
+    model = recipe.add_adapter(loaded.model, loaded.new, task.peft_type, steps, batches)
+    # building one now finds unusable settings before anything is written
+    optimizer[0]()(model, **optimizer[1])
+    return _Ready(config, task, recipe, loaded, model, examples, order, batches, steps, optimizer)
+
+
+def _trainer(ready: _Ready, clock: Any, checkpoints: Any) -> Any:
+    """The task's Trainer, with our callbacks."""
+    config, model = ready.config, ready.model
+    trainer = ready.task.trainer(
+        ready.loaded,
+        ready.examples,
+        ready.order,
+        _arguments(ready),
+        model=model,
+        optimizer_cls_and_kwargs=ready.optimizer,
+        callbacks=[
+            *([progress_callback()] if processes.first() else []),
+            clock,
+            *ready.recipe.callbacks(model),
+            checkpoints,
+        ],
     )
+    _only_our_bar(trainer)
+    log_ranks(trainer)
+    if config.gradient_checkpointing:
+        model.enable_input_require_grads()  # the embeddings are frozen
+    return trainer
 
 
-def _how_to_go_on(config: TrainConfig, step: int, total: int) -> str:
-    """What to say when a run was asked to stop."""
-    if not METHODS[config.method].can_resume:
-        return f"stopped after step {step} of {total}; {config.method} can only start again."
-    command = "The same command without --overwrite" if config.overwrite else "The same command"
-    return (
-        f"stopped after step {step} of {total}, which is saved in {config.output}. {command} goes on "
-        "from there."
-    )
-
-
-def versions() -> dict[str, str]:
-    """Versions of what made a result."""
-    found = {name: metadata.version(name) for name in ("geolora", "torch", "transformers", "peft")}
-    return {"geolora": found.pop("geolora"), "python": sys.version.split()[0], **found}
-
-
-def _arguments(config: TrainConfig, total: int) -> dict[str, Any]:
+def _arguments(ready: _Ready) -> dict[str, Any]:
     """Settings of `TrainingArguments`."""
+    config, steps = ready.config, ready.steps
     return {
         "output_dir": str(Path(config.output) / "checkpoints"),
-        "max_steps": total,
-        # rows of a step, however they are split
-        "per_device_train_batch_size": config.batch_size // parts(config),
+        "max_steps": steps,
+        # the rows of a step stay the same, however many microbatches they are divided into
+        "per_device_train_batch_size": config.batch_size // microbatches(config),
         "gradient_accumulation_steps": config.gradient_accumulation,
         _checkpointing(): config.gradient_checkpointing,
         "bf16": config.mixed_precision == "bf16",
         "fp16": config.mixed_precision == "fp16",
         "per_device_eval_batch_size": max(config.batch_size, 64),
         "lr_scheduler_type": "linear",
-        "warmup_steps": round(WARMUP * total),
+        "warmup_steps": round(WARMUP * steps),
         # clipping the factors' gradients would change lr per W; AdamW's runs keep Trainer's default
-        "max_grad_norm": 1.0 if METHODS[config.method].clips_gradients else 0.0,
-        "train_sampling_strategy": "sequential",  # in the order of tasks/order.py
-        "logging_steps": max(1, min(10, total // 20)),
+        "max_grad_norm": 1.0 if ready.recipe.method.clips_gradients else 0.0,
+        "train_sampling_strategy": "sequential",  # in the order of batch_order.py
+        "logging_steps": max(1, min(10, steps // 20)),
         "logging_nan_inf_filter": False,
         "save_strategy": "steps" if config.save_every else "no",
-        "save_steps": config.save_every or total,
+        "save_steps": config.save_every or steps,
         "seed": config.seed,
         "report_to": config.report_to.split(","),
         "ddp_find_unused_parameters": False,
@@ -305,71 +273,82 @@ def _only_our_bar(trainer: Any) -> None:
     trainer.remove_callback(PrinterCallback)
 
 
-def _clock(resume: Path | None) -> Any:
-    """A Trainer callback that takes the seconds of every step, and keeps them in checkpoints.
+# ---- the training -------------------------------------------------------------------------------
 
-    Args:
-        resume: the checkpoint that is gone on from.
+
+def _fit(ready: _Ready, trainer: Any, checkpoints: Any, checkpoint: Path | None) -> None:
+    """Train to the last step, from the checkpoint where there is one.
+
+    Raises:
+        Stopped: it was asked to stop. DivergedError: a loss or a weight is not finite.
     """
-    from transformers import TrainerCallback
-
-    class Clock(TrainerCallback):
-        def __init__(self) -> None:
-            self.seconds: list[float] = []
-            if resume is not None:
-                self.seconds = read_json(resume / SECONDS)
-            self.last = 0.0
-
-        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-            self.last = time.perf_counter()
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-            now = time.perf_counter()
-            self.seconds.append(now - self.last)
-            self.last = now
-
-        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            if processes.first():
-                write_json(folder / SECONDS, self.seconds, indent=None)
-
-    return Clock()
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
+        raise _diverged(trainer) from error
+    finally:
+        checkpoints.give_back()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    trained = [p for p in ready.model.parameters() if p.requires_grad]
+    if not all(map(math.isfinite, losses[-1:])) or not all(
+        bool(p.isfinite().all()) for p in trained
+    ):
+        raise _diverged(trainer)
+    if checkpoints.stopped is not None:
+        raise Stopped(_how_to_go_on(ready, checkpoints.stopped))
 
 
-def _checkpoint(config: TrainConfig, data_id: str, run_id: str) -> Path | None:
-    """The last whole checkpoint of an unfinished run over the same data."""
-    if not unfinished(config):
-        return None
-    saved = read_json(Path(config.output) / "run.json")
-    if saved.get("data") != data_id:
-        raise DataError(
-            f"`--output`: {config.output} holds an unfinished run of the same flags over other data. "
-            "Choose another folder, or add --overwrite."
-        )
-    return latest(Path(config.output) / "checkpoints", run_id)
+def _diverged(trainer: Any) -> DivergedError:
+    return DivergedError(
+        f"training diverged: after step {trainer.state.global_step} the loss or the trained weights "
+        "are not finite. Lower `--lr`."
+    )
 
 
-def _identity(config: TrainConfig, data_id: str) -> str:
-    """A hash of the settings, data and base of a run; where it writes to does not matter."""
-    settings = {k: v for k, v in asdict(config).items() if k not in ("output", "overwrite")}
-    text = json.dumps([settings, data_id, base_id(config.model)])
-    return hashlib.sha256(text.encode()).hexdigest()
+def _how_to_go_on(ready: _Ready, step: int) -> str:
+    """What to say when a run was asked to stop."""
+    config, done = ready.config, f"stopped after step {step} of {ready.steps}"
+    if not ready.recipe.method.can_resume:
+        return f"{done}; {config.method} can only start again."
+    command = "The same command without --overwrite" if config.overwrite else "The same command"
+    return f"{done}, which is saved in {config.output}. {command} goes on from there."
 
 
-def base_id(model: str) -> str:
-    """What tells one local model folder from another: sizes of its files, and how they begin.
+# ---- the output folder --------------------------------------------------------------------------
 
-    A hub name stands for itself.
-    """
-    folder = Path(model)
-    if not folder.is_dir():
-        return model
-    found = hashlib.sha256()
-    for path in sorted(path for path in folder.iterdir() if path.is_file()):
-        found.update(f"{path.name} {path.stat().st_size} ".encode())
-        with path.open("rb") as file:
-            found.update(file.read(1 << 20))
-    return found.hexdigest()
+
+def _keep_settings(ready: _Ready, data_id: str) -> None:
+    """Write what a run is before its first step: run.json, config.yaml, and what its method needs later."""
+    config, output = ready.config, Path(ready.config.output)
+    write_json(output / RUN, {**asdict(config), "data": data_id})
+    again = replace(config, overwrite=False)  # it must not replace what it is the config of
+    (output / "config.yaml").write_text(as_yaml(again), encoding="utf-8")
+    ready.recipe.keep_start(ready.model, output / "start")
+
+
+def _save_adapter(ready: _Ready) -> Kept:
+    """Write `adapter/`, at once or not at all."""
+    output = Path(ready.config.output)
+    partial = output / "adapter.partial"
+    clear(partial)
+    kept = ready.recipe.save(ready.model, partial, output / "start")
+    ready.loaded.processor.save_pretrained(partial)
+    flush(partial)
+    clear(output / "adapter")
+    partial.rename(output / "adapter")
+    return kept
+
+
+def _write_report(
+    output: Path, report: dict[str, Any], history: list[dict[str, Any]], names: list[str]
+) -> None:
+    """Write the results, report.json last: with it the run has ended, and what it went on from is removed."""
+    write_json(output / "history.json", history)
+    if names:
+        write_json(output / "labels.json", names)
+    write_json(output / "report.json", report)
+    for leftover in ("checkpoints", "start"):
+        shutil.rmtree(output / leftover, ignore_errors=True)
 
 
 def _last_tenth(history: list[dict[str, Any]]) -> float:
