@@ -13,12 +13,16 @@ import geolora
 SRC = Path(geolora.__file__).parent
 
 TABLE = """
-    adapters.export            :  errors kernels pairs
-    adapters.read              : errors pairs adapters.export
-    adapters.verify            : errors kernels pairs adapters.export adapters.read
+    adapters.base_model        : errors adapters.names adapters.read
+    adapters.export            : errors pairs adapters.names
+    adapters.inspect           : errors kernels pairs adapters.read
+    adapters.names             :
+    adapters.prune             : errors kernels pairs
+    adapters.read              : errors files pairs adapters.names
+    adapters.verify            : errors pairs adapters.base_model adapters.read
     cli.__main__               : errors cli.compare cli.demo cli.export cli.inspect cli.plot cli.train cli.verify
     cli.compare                : comparing report training cli.plot
-    cli.demo                   : errors report settings tasks training cli.demo_texts
+    cli.demo                   : adapters errors report settings tasks training cli.demo_texts
     cli.demo_texts             : errors
     cli.export                 : adapters training
     cli.inspect                : adapters errors report
@@ -85,7 +89,7 @@ TABLE = """
     tasks.image_classification : errors settings tasks.rows tasks.task
     tasks.metrics              :
     tasks.rows                 : errors files
-    tasks.task                 : errors processes settings tasks.rows
+    tasks.task                 : adapters errors processes settings tasks.rows
     tasks.text_classification  : settings tasks.rows tasks.task tasks.tokenizers
     tasks.token_classification : errors settings tasks.rows tasks.task tasks.tokenizers
     tasks.tokenizers           : errors settings

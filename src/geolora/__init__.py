@@ -7,8 +7,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from geolora.adapters.export import export, prune, ranks, suggest_budget
-    from geolora.adapters.verify import inspect, verify
+    from geolora.adapters.export import export
+    from geolora.adapters.inspect import inspect
+    from geolora.adapters.prune import prune, ranks, suggest_budget
+    from geolora.adapters.verify import verify
     from geolora.optim.geolora import GeoLoRA
     from geolora.optim.lora_pro import LoRAPro
     from geolora.optim.lora_sb import LoRASB
@@ -54,11 +56,11 @@ _HOME = {
     "initialize_lora_one": "geolora.starts.lora_one",
     "initialize_lora_sb": "geolora.starts.lora_sb",
     "keep_second_half": "geolora.starts.lora_ga",
-    "inspect": "geolora.adapters.verify",
+    "inspect": "geolora.adapters.inspect",
     "log_ranks": "geolora.trainer",
-    "prune": "geolora.adapters.export",
-    "ranks": "geolora.adapters.export",
-    "suggest_budget": "geolora.adapters.export",
+    "prune": "geolora.adapters.prune",
+    "ranks": "geolora.adapters.prune",
+    "suggest_budget": "geolora.adapters.prune",
     "verify": "geolora.adapters.verify",
 }
 

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 import geolora
-from geolora.adapters.export import CONFIG, PROBES, WEIGHTS
+from geolora.adapters.names import CONFIG, PROBES, WEIGHTS
 from geolora.errors import (
     AdapterError,
     BudgetError,

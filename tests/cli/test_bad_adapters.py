@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertModel
 
 import geolora as library
-from geolora.adapters.export import CONFIG, PROBES, WEIGHTS
+from geolora.adapters.names import CONFIG, PROBES, WEIGHTS
 from geolora.cli.__main__ import main
 from models import tiny_bert
 

@@ -16,7 +16,6 @@
 """
 
 import dataclasses
-import json
 import re
 import sys
 import warnings
@@ -27,8 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geolora.adapters.export import CONFIG, PROBES, WEIGHTS
-from geolora.errors import AdapterError, GeoloraWarning, at_most_three
+from geolora.adapters.names import CONFIG, PROBES, WEIGHTS
+from geolora.errors import AdapterError, GeoloraWarning, at_most_three, first_line, shown
+from geolora.files import read_json
 from geolora.pairs.find import PREFIX
 
 HUB_NAME = re.compile(r"(?!.*\.\.)\w[\w.-]{0,95}(/\w[\w.-]{0,95})?", re.ASCII)
@@ -65,6 +65,21 @@ class SavedPair:
     B: Tensor
     scale: float
 
+    @property
+    def d_in(self) -> int:
+        """Columns of W."""
+        return self.A.shape[1]
+
+    @property
+    def d_out(self) -> int:
+        """Rows of W."""
+        return self.B.shape[0]
+
+    @property
+    def cost(self) -> int:
+        """Parameters of one direction."""
+        return self.d_in + self.d_out
+
 
 @dataclass(frozen=True)
 class SavedAdapter:
@@ -91,7 +106,7 @@ def read_adapter(path: str | Path) -> SavedAdapter:
     """
     folder = Path(path)
     _demand_files(folder)
-    config = read_json(folder / CONFIG)
+    config = read_object(folder / CONFIG)
     _check_config(folder / CONFIG, config)
     tensors = read_tensors(folder / WEIGHTS)
     return SavedAdapter(folder, config, tensors, _read_pairs(folder, config, tensors))
@@ -110,7 +125,7 @@ def read_probes(saved: SavedAdapter) -> dict[str, tuple[Tensor, Tensor]]:
             "geolora.export."
         )
     tensors = read_tensors(file)
-    sizes = {pair.name: (pair.A.shape[1], pair.B.shape[0]) for pair in saved.pairs}
+    sizes = {pair.name: (pair.d_in, pair.d_out) for pair in saved.pairs}
     probes = {}
     for name in dict.fromkeys(key.rpartition(".")[0] for key in tensors):
         x, y = tensors.get(f"{name}.x"), tensors.get(f"{name}.y")
@@ -129,13 +144,13 @@ def read_probes(saved: SavedAdapter) -> dict[str, tuple[Tensor, Tensor]]:
     return probes
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_object(file: Path) -> dict[str, Any]:
     """The object in a JSON file; raises `AdapterError`."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = read_json(file)
     except OSError as error:
         raise AdapterError(f"{file} cannot be read: {first_line(error)}.") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise AdapterError(f"{file} must hold JSON: {first_line(error)}. {SAVE_AGAIN}") from error
     if not isinstance(value, dict):
         raise AdapterError(
@@ -159,19 +174,6 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     if odd := [key for key in tensors if not key.isprintable()]:
         raise AdapterError(f"{file}: names must be printable; got {shown(odd[0])}. {SAVE_AGAIN}")
     return tensors
-
-
-def shown(value: object) -> str:
-    """A value out of a file for a message: on one line, and short."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:60]}…{text[-15:]}"
-
-
-def first_line(error: Exception) -> str:
-    """What an exception of another library says, on one line."""
-    lines = str(error).strip().splitlines()
-    text = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])
-    return re.sub(r"\s+", " ", text).rstrip(".") or type(error).__name__
 
 
 # ---- the folder ---------------------------------------------------------------------------------

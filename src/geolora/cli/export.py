@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from geolora.adapters.base_model import load_adapter
     from geolora.adapters.export import export
-    from geolora.training.output_folder import check_output, clear
+    from geolora.training.output_folder import check_output, remove_folder
 
     output = Path(arguments.output)
     check_output(output, arguments.overwrite)
@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(dir=output.absolute().parent) as folder:
         new = Path(folder) / "adapter"
         done = export(model, new, layout=arguments.layout, rank=arguments.rank)
-        clear(output)
+        remove_folder(output)
         new.rename(output)
     used = max(done.ranks.values())
     print(

@@ -72,6 +72,10 @@ class Pair:
         """Parameters of one direction."""
         return self.d_in + self.d_out
 
+    def gathered(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A (r, d_in) and B (d_out, r), kernels flattened; of sharded factors, for which every process must call."""
+        return gathered(self.A).flatten(1), gathered(self.B).flatten(1)
+
     @torch.no_grad()
     def set_factors(self, A: torch.Tensor, B: torch.Tensor) -> None:
         """Write A (r, d_in) and B (d_out, r) into the pair, kernels flattened or not."""

@@ -1,0 +1,163 @@
+"""A saved adapter over its base model, both loaded without running code that lies beside them."""
+
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import nn
+
+from geolora.adapters.names import CONFIG
+from geolora.adapters.read import HUB_NAME, SavedAdapter, read_adapter, read_object
+from geolora.errors import AdapterError, first_line, shown
+
+FAILURES = (
+    OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError, re.error,
+    SafetensorError,
+)  # fmt: skip
+"""What peft and transformers raise for files that do not fit; their reason is passed on."""
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Silence transformers' log and progress bars; at the end, also of a failure, both are as they were."""
+    from huggingface_hub import utils as hub
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    hub_bars = not hub.are_progress_bars_disabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()  # and the Hub's
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()  # and the Hub's
+        if hub_bars == hub.are_progress_bars_disabled():
+            (hub.enable_progress_bars if hub_bars else hub.disable_progress_bars)()
+
+
+def load_adapter(path: str | Path, base: str | Path | None = None) -> Any:
+    """A saved LoRA adapter over its base model, as a PeftModel.
+
+    Raises:
+        AdapterError: no adapter that can be read, or a base model that cannot be loaded.
+    """
+    saved = read_adapter(path)
+    return over_base(load_base(saved, base), saved)
+
+
+def over_base(base: nn.Module, saved: SavedAdapter) -> Any:
+    """PeftModel of a base and a saved adapter; every tensor of the file must find its place."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    name = type(base).__name__
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # missing keys: told below, by name
+            loaded = PeftModel.from_pretrained(base, str(saved.folder))
+            held = get_peft_model_state_dict(loaded)
+    except FAILURES as error:
+        raise AdapterError(
+            f"{saved.folder} does not fit {name}: {first_line(error)}. Give the model the adapter "
+            "was trained on as `base`."
+        ) from error
+    wrong = sorted(set(held) ^ set(saved.tensors))
+    if wrong:
+        where = "the adapter" if wrong[0] in saved.tensors else "the model"
+        raise AdapterError(
+            f"{saved.folder} does not fit {name}: `{wrong[0]}` is only in {where}. Give the model "
+            "the adapter was trained on, with its head."
+        )
+    return loaded
+
+
+def load_base(saved: SavedAdapter, base: str | Path | None = None) -> nn.Module:
+    """The base model of an adapter, loaded with `transformers`; code beside it is never run.
+
+    Args:
+        saved: the adapter.
+        base: a model folder or a name on the Hub; None for the one the adapter names, which must
+            not climb out of the working directory.
+
+    Raises:
+        AdapterError: there is no such model, or it cannot be loaded.
+    """
+    import transformers
+
+    name = _base_name(saved, base)
+    options: dict[str, Any] = {}
+    task = saved.config.get("task_type")
+    if task == "SEQ_CLS":
+        heads = [
+            value.shape[0]
+            for key, value in saved.tensors.items()
+            if value.dim() == 2
+            and re.search(r"(^|\.)(classifier|score)(\.out_proj)?\.weight$", key)
+        ]
+        options = {"num_labels": heads[-1]} if heads else {}
+    kinds = {"SEQ_CLS": "AutoModelForSequenceClassification", "CAUSAL_LM": "AutoModelForCausalLM"}
+    try:
+        with quietly():  # the head comes with the adapter
+            if task in kinds:
+                auto = getattr(transformers, kinds[task])
+            else:  # the class the base was saved as
+                config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+                auto = getattr(transformers, (config.architectures or ["AutoModel"])[0], None)
+                if not (isinstance(auto, type) and issubclass(auto, transformers.PreTrainedModel)):
+                    auto = transformers.AutoModel
+            return auto.from_pretrained(name, trust_remote_code=False, **options)
+    except FAILURES as error:
+        raise AdapterError(
+            f"base model `{name}` cannot be loaded: {first_line(error)}. Say another one with `base`."
+        ) from error
+
+
+def _base_name(saved: SavedAdapter, given: str | Path | None) -> str:
+    """The folder or Hub name of the base model, as far as it may be loaded."""
+    name = str(given) if given else saved.config.get("base_model_name_or_path")
+    file = saved.folder / CONFIG
+    if not name:
+        raise AdapterError(f"{file} names no base model. Say which one with `base`.")
+    what = "`base`" if given else f"{file}: `base_model_name_or_path`"
+    needed = f"{what} must be a model folder that exists, or a name on the Hub; got {shown(name)}"
+    if not isinstance(name, str):
+        raise AdapterError(f"{needed}. Say which one with `base`.")
+    if not given and ".." in name.replace("\\", "/").split("/"):
+        raise AdapterError(
+            f"{needed}, which climbs out of the folder it was written in. If that is the model, "
+            "say so with `base`."
+        )
+    if os.path.isdir(name):  # noqa: PTH112 - Path.is_dir raises for names that are too long
+        _check_model_folder(Path(name))
+    elif not HUB_NAME.fullmatch(name):
+        raise AdapterError(f"{needed}, which is neither. Say where it is with `base`.")
+    return name
+
+
+def _check_model_folder(folder: Path) -> None:
+    """Refuse a base model folder that would lead transformers to files elsewhere."""
+    if (folder / CONFIG).exists():
+        raise AdapterError(
+            f"base model `{folder}` cannot be loaded: it holds {CONFIG}, so it is an adapter itself. "
+            "Say which model it was trained on with `base`."
+        )
+    for file in sorted(folder.glob("*.index.json")):
+        shards = read_object(file).get("weight_map")
+        for shard in shards.values() if isinstance(shards, dict) else [shards]:
+            if not isinstance(shard, str) or _leads_elsewhere(shard):
+                raise AdapterError(
+                    f"{file}: `weight_map` must name files of its own folder; got {shown(shard)}. "
+                    "Save the model again."
+                )
+
+
+def _leads_elsewhere(name: str) -> bool:
+    """Whether a path is absolute or climbs, on any system."""
+    paths = (PurePosixPath(name), PureWindowsPath(name))
+    return any(path.anchor or ".." in path.parts for path in paths)
