@@ -21,19 +21,20 @@ from record import RESULTS, write
 
 import geolora
 from geolora.methods import lora_one
-from geolora.optim.buckets import new_groups
 from geolora.pairs.find import Pair, find_pairs
 
 NAME = "how_large_should_a_start_be"
 NORMS = [0.05 * 2.0**power for power in range(-5, 5)]
 
 
-def shapes_of(pairs: list[Pair], state: dict[str, Any]) -> dict[str, Callable[[Pair], float]]:
+def shapes_of(
+    model: Any, pairs: list[Pair], state: dict[str, Any]
+) -> dict[str, Callable[[Pair], float]]:
     """How large a layer's part is, at norm 1."""
-    settings = dict.fromkeys(("start_rank", "settle_after", "prune_every"))
     units = {
         name: float(group["unit"])
-        for group in new_groups(pairs, settings)
+        for group in geolora.GeoLoRA(model).param_groups
+        if group["kind"] != "rest"
         for name in group["layers"]
     }
     forces = {
@@ -69,7 +70,7 @@ def changes(task: Any, seed: int) -> dict[str, Any]:
 
     before = losses()
     found: dict[str, Any] = {"before": before}
-    for name, size in shapes_of(pairs, state).items():
+    for name, size in shapes_of(model, pairs, state).items():
         row = {}
         for norm in NORMS:
             write_start(size, norm)

@@ -11,7 +11,7 @@ import torch
 from record import FIGURES, write
 from torch import Tensor
 
-from geolora.kernels.augment import look, moved, together
+from geolora.kernels.augment import combine, span_of, stack_spans
 from geolora.kernels.tangent import norm, project
 from geolora.methods.geolora import step
 
@@ -55,10 +55,10 @@ def geometric(start: float, slots: int) -> dict[str, list[float]]:
         K, L = project(G, U, V)
         tangents.append(float(norm(K, L, U)))
         errors.append(float(G.norm()))
-        left, right = look(U, K), look(V, L)
-        on_left, sigma, on_right = step(together([left, right]), sigma, lr, cap)
-        U = moved(left, U, K, on_left[..., :slots]).mT
-        V = moved(right, V, L, on_right[..., :slots]).mT
+        left, right = span_of(U, K), span_of(V, L)
+        on_left, sigma, on_right = step(stack_spans([left, right]), sigma, lr, cap)
+        U = combine(left, U, K, on_left[..., :slots]).mT
+        V = combine(right, V, L, on_right[..., :slots]).mT
     return {"error": errors, "tangent_gradient": tangents}
 
 

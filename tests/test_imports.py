@@ -55,16 +55,21 @@ TABLE = """
     starts.lora_sb             : methods starts.gradient_pass starts.gradient_state starts.step_length
     training.peft_recipes      : adapters errors pairs training.recipes
     adapters.truncate          : pairs
-    optim.adamw                :
-    optim.base                 : errors pairs optim.adamw optim.buckets optim.nonfinite
-    optim.bucket_step          : kernels methods pairs optim.buckets
-    optim.buckets              : errors pairs
-    optim.geolora              : errors kernels methods pairs optim.adamw optim.bucket_step optim.buckets optim.nonfinite
-    optim.lora_pro             : methods pairs optim.base optim.buckets
-    optim.lora_sb              : errors methods pairs optim.base optim.buckets
+    optim.across_layers        : kernels methods optim.bucket_step optim.rank_cycle
+    optim.masters              : kernels pairs optim.buckets optim.rank_cycle optim.saved_state
+    optim.rank_cycle           : 
+    optim.saved_state          : errors
+    optim.slot_widths          : optim.bucket_step
+    optim.adamw                : 
+    optim.base                 : errors pairs optim.adamw optim.buckets optim.nonfinite optim.saved_state
+    optim.bucket_step          : kernels methods pairs optim.buckets optim.masters optim.rank_cycle
+    optim.buckets              : pairs
+    optim.geolora              : errors kernels pairs optim.across_layers optim.base optim.bucket_step optim.buckets optim.masters optim.nonfinite optim.rank_cycle optim.saved_state optim.slot_widths
+    optim.lora_pro             : methods pairs optim.adamw optim.base optim.buckets optim.saved_state
+    optim.lora_sb              : errors methods pairs optim.adamw optim.base optim.buckets optim.saved_state
     optim.nonfinite            : errors
     optim.rac_lora             : errors methods pairs optim.adamw optim.base optim.buckets
-    optim.riemannian           : methods pairs optim.base
+    optim.riemannian           : methods pairs optim.adamw optim.base optim.buckets optim.saved_state
     pairs.find                 : errors pairs.sharded
     pairs.point                :
     pairs.sharded              :

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from geolora.kernels.augment import look, moved, orthonormal, polish
+from geolora.kernels.augment import combine, orthonormal, polish, span_of
 from tolerances import bound, difference
 
 DTYPES = [torch.float32, torch.float64]
@@ -22,9 +22,9 @@ def normal(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> to
 
 def augmented(U: torch.Tensor, K: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The new columns of the augmented basis, and [U | new]^T K."""
-    seen = look(U, K)
+    seen = span_of(U, K)
     T = orthonormal(seen.gram, U.shape[-1])
-    return moved(seen, U.double(), K.double(), T).mT[..., U.shape[-1] :], T.mT @ seen.seen
+    return combine(seen, U.double(), K.double(), T).mT[..., U.shape[-1] :], T.mT @ seen.seen
 
 
 def check(
@@ -122,7 +122,7 @@ def test_bf16_directions_are_taken_as_they_are() -> None:
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"`directions`.*\(20, 3\).*\(19, 3\)"):
-        look(torch.zeros(20, 3), torch.zeros(19, 3))
+        span_of(torch.zeros(20, 3), torch.zeros(19, 3))
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

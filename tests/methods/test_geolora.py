@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import reference
-from geolora.kernels.augment import Span, look, moved, together
+from geolora.kernels.augment import Span, combine, span_of, stack_spans
 from geolora.kernels.tangent import project, to_dense
 from geolora.methods.geolora import force, gains, kept, soft_sign, step
 from tolerances import bound, difference
@@ -86,9 +86,9 @@ def steps_of(
             (getattr(point, basis)[..., :w], getattr(M, part)[..., :w])
             for point, M in zip(points, moves, strict=True)
         ]
-        sides.append([(*pair, look(*pair, *pair[1:] * (soften is not None))) for pair in pairs])
+        sides.append([(*pair, span_of(*pair, *pair[1:] * (soften is not None))) for pair in pairs])
     turn = step(
-        together([span for side in sides for *_, span in side]),
+        stack_spans([span for side in sides for *_, span in side]),
         torch.cat([point.sigma[..., :w] for point in points]), lr, cap, soften,
     )  # fmt: skip
     count = [len(point.sigma) for point in points]
@@ -98,7 +98,7 @@ def steps_of(
         *sides, *(part.split(count) for part in turn), strict=True
     ):
         (U, K), (V, L) = (
-            (nn.functional.pad(x, (0, idle)) for x in moved(span, X, Y, on).mT.split(w, -1))
+            (nn.functional.pad(x, (0, idle)) for x in combine(span, X, Y, on).mT.split(w, -1))
             for (X, Y, span), on in zip(parts, (on_left, on_right), strict=True)
         )
         ends.append((Point(U, nn.functional.pad(sigma, (0, idle)), V), Momentum(K, L)))
@@ -325,7 +325,7 @@ def test_every_direction_moves_at_a_like_speed() -> None:
 
 def seen(point: Point, M: torch.Tensor) -> Span:
     pairs = zip((point.U, point.V), tangent(M, point), strict=True)
-    return together([look(X[None], part[None]) for X, part in pairs])
+    return stack_spans([span_of(X[None], part[None]) for X, part in pairs])
 
 
 def gains_at(point: Point, M: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ from geolora.errors import (
     StateError,
 )
 from geolora.kernels.tangent import to_dense
-from geolora.optim import bucket_step as work
+from geolora.optim import bucket_step, slot_widths
 from geolora.pairs.find import find_pairs
 from geolora.pairs.point import slot_ranks
 from models import OneLayer, backward, lora_net, pairs_of, products, same, snapshot, train
@@ -409,13 +409,13 @@ def test_slots_are_counted_once_while_ranks_are_held_also_beside_layers_never_us
     model = lora_net(r=8)
     optimizer = geolora.GeoLoRA(model, prune_every=12, tail=0.3)
     steps = set()
-    count = work.filled_slots
+    count = slot_widths.filled_slots
 
     def counted(basis: torch.Tensor) -> torch.Tensor:
         steps.add(optimizer.param_groups[0]["steps"])
         return count(basis)
 
-    monkeypatch.setattr("geolora.optim.geolora.filled_slots", counted)
+    monkeypatch.setattr("geolora.optim.slot_widths.filled_slots", counted)
     for _ in range(12):
         backward(model)
         for name, p in model.named_parameters():
@@ -685,26 +685,26 @@ def test_import_is_light_and_step_has_no_side_effect_on_gradients() -> None:
 
 @pytest.mark.parametrize("moments", ["adaptive", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_layers_can_be_gone_over_in_parts(
+def test_layers_can_be_gone_over_in_chunks(
     moments: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ends, parts = [], set()
-    divide = work.Work.divide
+    ends, chunks = [], set()
+    split = bucket_step.BucketStep.split
 
-    def counted(self: work.Work, widths: list[int]) -> None:
-        divide(self, widths)
-        parts.add((len(widths), len(self.parts)))
+    def counted(self: bucket_step.BucketStep, widths: list[int]) -> None:
+        split(self, widths)
+        chunks.add((len(widths), len(self.chunks)))
 
-    monkeypatch.setattr(work.Work, "divide", counted)
+    monkeypatch.setattr(bucket_step.BucketStep, "split", counted)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     for size in (1 << 21, 1):  # all layers of a shape at once, each for itself
-        monkeypatch.setitem(work.PART, "cpu", size)
+        monkeypatch.setitem(bucket_step.CHUNK_BYTES, "cpu", size)
         torch.manual_seed(0)
         model = lora_net(dtype=dtype)
         optimizer = geolora.GeoLoRA(model, moments=moments, prune_every=6, max_tangent_norm=0.5)
         train(model, optimizer, 20, dtype=dtype)
         ends.append((snapshot(model), optimizer.settled_ranks()))
-    assert parts == {(1, 1), (2, 1), (2, 2)}
+    assert chunks == {(1, 1), (2, 1), (2, 2)}
     assert ends[0][1] == ends[1][1]
     for name, value in ends[0][0].items():
         assert difference(ends[1][0][name], value) < bound(dtype, 12, factor=1e3), name
@@ -725,7 +725,7 @@ def test_layers_with_few_slots_in_use_go_apart(
     config = LoraConfig(r=12, lora_alpha=12, target_modules=list("01234"))
     seen, ends = set(), []
     for worth in (10**9, 0):  # never, always
-        monkeypatch.setattr(work, "GROUP", worth)
+        monkeypatch.setattr(slot_widths, "WORTH", worth)
         torch.manual_seed(0)
         model = get_peft_model(copy.deepcopy(base), config).to(dtype)
         optimizer = geolora.GeoLoRA(
@@ -739,7 +739,7 @@ def test_layers_with_few_slots_in_use_go_apart(
                 if place == step % 7:
                     A.grad = B.grad = None
             optimizer.step()
-            for _, widths in optimizer._widths.values():
+            for _, widths in optimizer._widths.counted.values():
                 seen.add(len(set(widths)) if not worth else 1)
         ends.append((products(model), optimizer.settled_ranks()))
     assert max(seen) > 1, "two numbers of slots in a step"
@@ -751,11 +751,13 @@ def test_layers_with_few_slots_in_use_go_apart(
 
 
 def test_the_cheapest_numbers_of_slots_are_taken() -> None:
-    assert work.widths_of([16] * 36, 16) == [16] * 36
-    assert work.widths_of([3] * 30 + [16], 16) == [4] * 30 + [16], "30 x (256 - 16) > 2,500"
-    assert work.widths_of([3] * 4 + [16], 16) == [16] * 5, "4 x 240 < 2,500"
-    assert work.widths_of([2] * 9 + [7] * 9 + [30], 30) == [8] * 18 + [30]
-    assert work.widths_of([5], 6) == [6], "never more than there are"
+    assert slot_widths.cheapest_widths([16] * 36, 16) == [16] * 36
+    assert slot_widths.cheapest_widths([3] * 30 + [16], 16) == [4] * 30 + [16], (
+        "30 x (256 - 16) > 2,500"
+    )
+    assert slot_widths.cheapest_widths([3] * 4 + [16], 16) == [16] * 5, "4 x 240 < 2,500"
+    assert slot_widths.cheapest_widths([2] * 9 + [7] * 9 + [30], 30) == [8] * 18 + [30]
+    assert slot_widths.cheapest_widths([5], 6) == [6], "never more than there are"
 
 
 def test_slots_are_counted_anew_after_every_judgement_whichever_layers_take_part() -> None:

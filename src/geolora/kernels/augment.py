@@ -4,7 +4,7 @@ The augmented basis is never formed. It is held as Z T: Z (d, 2r) is [U | K], as
 makes its columns orthonormal. T comes from Gram matrices alone, and whatever is done with the basis
 is done to T, so a step touches the long dimension d twice: once for the Gram matrices, once for the result.
 
-    span = look(U, K)
+    span = span_of(U, K)
     T = orthonormal(span.gram, r)   # Z T = [U | U~] has orthonormal columns, or zero ones
     R = T.mT @ span.seen            # K = [U | U~] R
 """
@@ -36,7 +36,7 @@ class Span(NamedTuple):
     square: Tensor
 
 
-def look(basis: Tensor, directions: Tensor, *others: Tensor) -> Span:
+def span_of(basis: Tensor, directions: Tensor, *others: Tensor) -> Span:
     """The span of [U | K], and how K and other matrices lie in it.
 
     A Gram matrix squares what is small: in float64 it resolves 1e-8 of a direction, below the
@@ -53,7 +53,7 @@ def look(basis: Tensor, directions: Tensor, *others: Tensor) -> Span:
     """
     if any(matrix.shape[:-1] != basis.shape[:-1] for matrix in (directions, *others)):
         raise ValueError(
-            "look: `directions` must share all but the last dimension with `basis`; "
+            "span_of: `directions` must share all but the last dimension with `basis`; "
             f"got basis {tuple(basis.shape)} and {[tuple(m.shape) for m in (directions, *others)]}."
         )
     r, k = basis.shape[-1], directions.shape[-1]
@@ -87,7 +87,7 @@ def _rows(*matrices: Tensor) -> Tensor:
     return rows
 
 
-def together(spans: Sequence[Span]) -> Span:
+def stack_spans(spans: Sequence[Span]) -> Span:
     """Spans of stacks of layers, of any d, as one of all their layers."""
     if len(spans) == 1:
         return spans[0]
@@ -95,7 +95,7 @@ def together(spans: Sequence[Span]) -> Span:
     return Span(None, *parts)
 
 
-def moved(span: Span, basis: Tensor, directions: Tensor, on: Tensor) -> Tensor:
+def combine(span: Span, basis: Tensor, directions: Tensor, on: Tensor) -> Tensor:
     """(Z on)^T (*batch, ..., d), in the dtype of U, for on (*batch, r + k, ...)."""
     second = directions if span.Q is None else span.Q
     rows = torch.cat([basis.mT, second.mT], dim=-2)

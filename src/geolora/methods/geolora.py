@@ -55,7 +55,7 @@ def step(seen: Span, sigma: Tensor, lr: Tensor, cap: Tensor, soften: float | Non
     Layers of any shape with the same number of slots are one problem.
 
     Args:
-        seen: `augment.look` at (U, K) of every layer and then at (V, L) of every layer, and with `soften`
+        seen: `augment.span_of` at (U, K) of every layer and then at (V, L) of every layer, and with `soften`
             at the parts of N too.
         sigma: (N, w), of the factors' dtype.
         lr: step sizes (N,), float64. Unit: change of W per unit of M; with `soften` about the spectral

@@ -1,5 +1,9 @@
-"""Everything that is trained and is not a LoRA pair: heads, biases, embeddings, by torch's AdamW."""
+"""AdamW: torch's, of everything that is no LoRA pair (heads, biases, embeddings), and of stacks of pairs.
 
+In a stack (n, ...) a pair whose factors had no gradient waits: its moments and its count of steps stand still.
+"""
+
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,29 +37,108 @@ def adamw_settings(group: dict[str, Any]) -> dict[str, Any]:
 def adamw_step(
     group: dict[str, Any],
     state: dict[Tensor, dict[str, Any]],
+    values: list[Tensor] | None = None,
     grads: list[Tensor] | None = None,
 ) -> None:
     """One step of AdamW for the parameters of a group that have a gradient; makes their state.
 
     Args:
-        grads: what to use instead of those gradients, in their order.
+        values, grads: what to move, in place, instead of those parameters, and along what instead of
+            their gradients, in their order.
     """
     params = [p for p in group["params"] if p.grad is not None]
     if not params:
         return
-    for p in params:
+    values = params if values is None else values
+    for p, value in zip(params, values, strict=True):
         if not state[p]:
             state[p] = {
                 "step": torch.zeros((), dtype=torch.float32),
-                "exp_avg": torch.zeros_like(p),
-                "exp_avg_sq": torch.zeros_like(p),
+                "exp_avg": torch.zeros_like(value),
+                "exp_avg_sq": torch.zeros_like(value),
             }
     adamw(
-        params,
+        values,
         [p.grad for p in params] if grads is None else grads,
         [state[p]["exp_avg"] for p in params],
         [state[p]["exp_avg_sq"] for p in params],
         [],
         [state[p]["step"] for p in params],
+        **adamw_settings(group),
+    )
+
+
+# ---- stacks of pairs -----------------------------------------------------------------------------
+
+
+def adam_direction(
+    state: dict[str, Any], grad: Tensor, group: dict[str, Any], live: list[bool]
+) -> Tensor:
+    """Adam's direction from `exp_avg` and `exp_avg_sq`, which move where there is a gradient.
+
+    Args:
+        state: holds the two moments, like grad (n, ...); made here. live: which pairs have a gradient.
+    """
+    moments(state, ("exp_avg", "exp_avg_sq"), (grad, grad))
+    first, second = group["betas"]
+    move_average(state["exp_avg"], grad, first, live)
+    move_average(state["exp_avg_sq"], grad.square(), second, live)
+    root = (state["exp_avg_sq"] / unbiased(group, second, grad)).sqrt_().add_(group["eps"])
+    return state["exp_avg"] / unbiased(group, first, grad) / root
+
+
+def moments(state: dict[str, Any], keys: Sequence[str], like: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors of a state, zeros at first."""
+    for key, tensor in zip(keys, like, strict=True):
+        if key not in state:
+            state[key] = torch.zeros_like(tensor)
+    return [state[key] for key in keys]
+
+
+def move_average(average: Tensor, now: Tensor, beta: float, live: list[bool]) -> None:
+    """average <- beta average + (1 - beta) now, in place, for the pairs that have a gradient."""
+    if all(live):
+        average.lerp_(now, 1 - beta)
+        return
+    for mine, theirs, moves in zip(average, now, live, strict=True):
+        if moves:
+            mine.lerp_(theirs, 1 - beta)
+
+
+def unbiased(group: dict[str, Any], beta: float, like: Tensor) -> Tensor:
+    """1 - beta^count of every pair, to divide like (n, ...) by; 1 before its first gradient."""
+    shares = [1 - beta**count if count else 1.0 for count in group["counts"]]
+    return like.new_tensor(shares).view(-1, *[1] * (like.dim() - 1))
+
+
+def adamw_of_stacks(
+    group: dict[str, Any],
+    values: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    means: Sequence[Tensor],
+    squares: Sequence[Tensor],
+    live: list[bool],
+) -> None:
+    """torch's AdamW on stacks (n, ...), in place, for the pairs that have a gradient.
+
+    As long as all pairs have had as many, a stack is one tensor for torch; else every pair of it is.
+    """
+    rows: list[Any] = [slice(None)]
+    if len(set(group["counts"])) > 1 or not all(live):
+        rows = [i for i, on in enumerate(live) if on]
+    counts = [group["counts"][0 if isinstance(row, slice) else row] - 1 for row in rows]
+
+    def tensors_of(stacks: Sequence[Tensor]) -> list[Tensor]:
+        return [stack[row] for stack in stacks for row in rows]
+
+    device = grads[0].device
+    adamw(
+        tensors_of(values),
+        tensors_of(grads),
+        tensors_of(means),
+        tensors_of(squares),
+        [],
+        [torch.tensor(n, dtype=torch.float32, device=device) for _ in values for n in counts],
+        fused=device.type in ("cpu", "cuda"),
         **adamw_settings(group),
     )

@@ -1,118 +1,144 @@
-"""What optimizers share that train LoRA's factors as they are: groups, skipped steps, averages.
+"""The base of all optimizers: LoRA pairs by a method, everything else that is trainable by AdamW.
 
-All else that is trainable goes to AdamW. Pairs are found by position in the param groups, [A1, B1, A2, B2, …],
-one group per shape, so what swaps the Parameter objects of a group (FSDP2) is followed.
+It owns what they share: buckets as param groups, closures refused, steps skipped where a gradient is not
+finite, states of another model or method refused, factors that FSDP2 has sharded gathered and written back.
 """
 
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
 from geolora.errors import SettingError, SetupError, UnpairedParametersWarning, at_most_three
-from geolora.optim.adamw import SETTINGS, adamw_settings, adamw_step, rest_groups
+from geolora.optim.adamw import SETTINGS, adamw_step, rest_groups
 from geolora.optim.buckets import (
+    bucket_group,
     by_shape,
-    load_keeping_dtypes,
+    computed_in,
     not_finite,
     pairs_of,
     stacked_gradients,
 )
 from geolora.optim.nonfinite import to_be_skipped, total
-from geolora.pairs.find import Pair, refuse_frozen, refuse_unreachable, unpaired_lora_layers
-from geolora.pairs.sharded import is_sharded
+from geolora.optim.saved_state import Shapes, load_keeping_dtypes, refuse_other_state
+from geolora.pairs.find import Pair, refuse_frozen, unpaired_lora_layers
+from geolora.pairs.sharded import gathered
 
 
-class Pairwise(torch.optim.Optimizer, ABC):
-    """One group per bucket of pairs of equal shape, one for the rest; steps skipped where not finite."""
+class LowRankOptimizer(torch.optim.Optimizer, ABC):
+    """One param group per bucket of pairs of equal shape, one for the rest; `step` is made of the pieces below."""
+
+    method: ClassVar[str]
+    """Name of its row in the table of methods; a state says which it is of."""
+    kind: ClassVar[str] = "pairs"
+    """What its param groups of pairs are called."""
 
     def __init__(
         self,
         model: nn.Module,
         pairs: list[Pair],
-        own: dict[str, Any],
+        settings: dict[str, Any],
         rest_lr: float,
         adapter_name: str | None,
     ) -> None:
-        who = type(self).__name__
-        for name, value in (("lr", own["lr"]), ("rest_lr", rest_lr)):
+        """`settings` are those of every bucket, `lr` among them."""
+        for name, value in (("lr", settings["lr"]), ("rest_lr", rest_lr)):
             self._demand(name, value, value >= 0 and math.isfinite(value), "a number >= 0")
-        self._demand("eps", own["eps"], own["eps"] > 0, "a number > 0")
-        good = all(0 <= beta < 1 for beta in own["betas"])
-        self._demand("betas", own["betas"], good, "two numbers in [0, 1)")
         refuse_frozen(pairs)
-        groups: list[dict[str, Any]] = [
+        self._forget()
+        groups = [
             {
-                "kind": "pairs",
-                "params": [p for pair in bucket for p in (pair.A, pair.B)],
-                "layers": [pair.name for pair in bucket],
-                "scales": [pair.scale for pair in bucket],
-                "experts": bucket[0].experts,
-                "skipped": 0,
-                "counts": [0] * len(bucket),
-                **own,
+                "kind": self.kind,
+                "method": self.method,
+                **bucket_group(bucket),
+                **self._own(bucket, pairs, settings),
+                **settings,
             }
             for bucket in by_shape(pairs)
         ]
         groups += rest_groups(model, groups, rest_lr)
         if unpaired := unpaired_lora_layers(model, adapter_name):
             warnings.warn(
-                f"{who}: LoRA on embeddings is trained by AdamW: {at_most_three(unpaired)}.",
+                f"{type(self).__name__}: LoRA on embeddings is trained by AdamW: "
+                f"{at_most_three(unpaired)}.",
                 UnpairedParametersWarning,
                 stacklevel=3,
             )
-        super().__init__(groups, {"lr": own["lr"], "rest_lr": rest_lr})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One step; one with a gradient that is not finite is skipped as a whole."""
-        who = type(self).__name__
-        if closure is not None:
-            raise SetupError(
-                f"{who}.step: closures are not supported. Compute the loss and call backward() "
-                "before step()."
-            )
-        due = [g for g in self.param_groups if any(p.grad is not None for p in g["params"])]
-        for group in due:
-            if group["kind"] == "pairs" and is_sharded(group["params"][0]):
-                refuse_unreachable(group["layers"][0], *group["params"][:2])
-        paired = [g for g in due if g["kind"] == "pairs"]
-        rest = [g for g in due if g["kind"] == "rest"]
-        grads = [stacked_gradients(g["params"], _width(g)) for g in paired]
-        totals = [total(stack) for both in grads for stack in both]
-        totals += [total(p.grad) for g in rest for p in g["params"] if p.grad is not None]
-        if to_be_skipped(who, self.param_groups[0], totals, lambda: not_finite(paired)):
-            return
-        for group in paired:
-            self._refuse(group)
-        for group, stacks in zip(paired, grads, strict=True):
-            live = [any(p.grad is not None for p in pair) for pair in pairs_of(group["params"])]
-            group["counts"] = [count + on for count, on in zip(group["counts"], live, strict=True)]
-            self._advance(group, *stacks, live)
-        for group in rest:
-            adamw_step(group, self.state)
+        super().__init__(groups, {"lr": settings["lr"], "rest_lr": rest_lr})
 
     @abstractmethod
-    def _advance(self, group: dict[str, Any], on_A: Tensor, on_B: Tensor, live: list[bool]) -> None:
-        """One step of a bucket, of which one pair at least has a gradient.
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step of every pair that has a gradient, and of AdamW for the rest."""
+
+    # ---- what a method says ----------------------------------------------------------------------
+
+    def _own(
+        self,
+        bucket: list[Pair],  # noqa: ARG002
+        pairs: list[Pair],  # noqa: ARG002
+        settings: dict[str, Any],  # noqa: ARG002
+    ) -> dict[str, Any]:
+        """What the param group of a bucket holds beside the settings."""
+        return {}
+
+    def _shapes(self, group: dict[str, Any], saved: dict[str, Any]) -> Shapes:  # noqa: ARG002
+        """Shapes of the tensors that the state of a bucket must have once it has one."""
+        return {}
+
+    def _forget(self) -> None:
+        """Drop what is not in `state` or `param_groups`; it is found again when needed."""
+
+    # ---- pieces of a step ------------------------------------------------------------------------
+
+    def _refuse_closure(self, closure: None) -> None:
+        if closure is not None:
+            raise SetupError(
+                f"{type(self).__name__}.step: closures are not supported. Compute the loss and call "
+                "backward() before step(): the factors' gradients are read once, at the current point."
+            )
+
+    def _paired(self) -> list[dict[str, Any]]:
+        return [group for group in self.param_groups if group["kind"] != "rest"]
+
+    def _rest(self) -> list[dict[str, Any]]:
+        return [group for group in self.param_groups if group["kind"] == "rest"]
+
+    def _skips(self, totals: list[Tensor]) -> bool:
+        """True, with one warning naming the layers, where a gradient is NaN or infinite.
 
         Args:
-            group: its `counts` are the steps with a gradient that every pair has had, this one included.
-            on_A, on_B: gradients (n, r, d_in) and (n, d_out, r), float32 or wider, zero where there is none.
-            live: which pairs have a gradient.
+            totals: sums of the gradients of all pairs, as `nonfinite.total` takes them.
         """
+        rest = [g for group in self._rest() for p in group["params"] if (g := p.grad) is not None]
+        totals = totals + [total(gathered(g)) for g in rest]
+        groups = self._paired()
+        return to_be_skipped(type(self).__name__, groups[0], totals, lambda: not_finite(groups))
 
-    def _refuse(self, group: dict[str, Any]) -> None:
-        """Raise for pairs that this method cannot go on from, before anything has moved."""
+    def _step_rest(self) -> None:
+        for group in self._rest():
+            adamw_step(group, self.state)
+
+    # ---- at home in torch ------------------------------------------------------------------------
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a copy of a state; every tensor keeps the dtype it was saved in."""
+        """Load a copy of a state; every tensor keeps the dtype it was saved in (masters stay float32).
+
+        Raises:
+            StateError: the state is of another method, of other layers or shapes, or not whole; nothing is
+                changed.
+        """
+        refuse_other_state(type(self).__name__, self.param_groups, state_dict, self._shapes)
         load_keeping_dtypes(self, super().load_state_dict, state_dict)
+        for group in self._paired():
+            group["method"] = self.method
+        self._forget()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters for AdamW; pairs are found when the optimizer is built, not here."""
@@ -121,97 +147,82 @@ class Pairwise(torch.optim.Optimizer, ABC):
         super().add_param_group(param_group)
 
     def _demand(self, name: str, value: object, met: bool, condition: str) -> None:
+        """Raise `SettingError` where a setting does not meet its condition."""
         if not met:
             raise SettingError(
                 f"{type(self).__name__}: `{name}` must be {condition}; got {value!r}."
             )
 
-
-def _width(group: dict[str, Any]) -> torch.dtype:
-    """What a bucket is computed in: float32, or the wider dtype of its factors."""
-    return torch.promote_types(group["params"][0].dtype, torch.float32)
-
-
-def stacked(group: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """A (n, r, d_in) and B (n, d_out, r) of a bucket."""
-    A, B = (torch.stack([p.flatten(1) for p in group["params"][side::2]]) for side in (0, 1))
-    return A.to(_width(group)), B.to(_width(group))
+    def _demand_adams(self, betas: tuple[float, float], eps: float) -> None:
+        """Adam's settings, where a method has them."""
+        self._demand("eps", eps, eps > 0, "a number > 0")
+        good = all(0 <= beta < 1 for beta in betas)
+        self._demand("betas", betas, good, "two numbers in [0, 1)")
 
 
-def adam(state: dict[str, Any], grad: Tensor, group: dict[str, Any], live: list[bool]) -> Tensor:
-    """Adam's direction from `exp_avg` and `exp_avg_sq`, which move where there is a gradient.
+class BucketGradients(NamedTuple):
+    """The gradients of a bucket.
 
-    Args:
-        state: holds the two moments, like grad (n, ...); made here. live: which pairs have a gradient.
+    Attributes:
+        group: its param group.
+        on_A, on_B: (n, r, d_in) and (n, d_out, r), float32 or wider, gathered; zero where there is none.
+        live: which pairs have a gradient.
     """
-    moments(state, ("exp_avg", "exp_avg_sq"), (grad, grad))
-    first, second = group["betas"]
-    move_average(state["exp_avg"], grad, first, live)
-    move_average(state["exp_avg_sq"], grad.square(), second, live)
-    root = (state["exp_avg_sq"] / unbiased(group, second, grad)).sqrt_().add_(group["eps"])
-    return state["exp_avg"] / unbiased(group, first, grad) / root
+
+    group: dict[str, Any]
+    on_A: Tensor
+    on_B: Tensor
+    live: list[bool]
 
 
-def moments(state: dict[str, Any], keys: Sequence[str], like: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors of a state, zeros at first."""
-    for key, tensor in zip(keys, like, strict=True):
-        if key not in state:
-            state[key] = torch.zeros_like(tensor)
-    return [state[key] for key in keys]
+class BucketwiseOptimizer(LowRankOptimizer):
+    """A method that moves the factors of one bucket after the other: what it does is `_advance`."""
 
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step of every pair that has a gradient, and of AdamW for the rest.
 
-def unbiased(group: dict[str, Any], beta: float, like: Tensor) -> Tensor:
-    """1 - beta^count of every pair, to divide like (n, ...) by; 1 before its first gradient."""
-    shares = [1 - beta**count if count else 1.0 for count in group["counts"]]
-    return like.new_tensor(shares).view(-1, *[1] * (like.dim() - 1))
+        In order: the gradients of all buckets are read; nothing moves where one is not finite; pairs that the
+        method cannot go on from are refused; then every bucket moves, and what is no pair.
+        """
+        self._refuse_closure(closure)
+        buckets = self._read_gradients()
+        if self._skips([total(grad) for bucket in buckets for grad in (bucket.on_A, bucket.on_B)]):
+            return
+        for bucket in buckets:
+            self._refuse(bucket.group)
+        for bucket in buckets:
+            counts = zip(bucket.group["counts"], bucket.live, strict=True)
+            bucket.group["counts"] = [count + on for count, on in counts]
+            self._advance(*bucket)
+        self._step_rest()
 
+    @abstractmethod
+    def _advance(self, group: dict[str, Any], on_A: Tensor, on_B: Tensor, live: list[bool]) -> None:
+        """One step of a bucket, of which one pair at least has a gradient; see `BucketGradients`.
 
-def adamw_of_stacks(
-    group: dict[str, Any],
-    values: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    means: Sequence[Tensor],
-    squares: Sequence[Tensor],
-    live: list[bool],
-) -> None:
-    """torch's AdamW on stacks (n, ...), in place, for the pairs that have a gradient.
+        The `counts` of its group, the steps with a gradient that every pair has had, have this one in them.
+        """
 
-    As long as all pairs have had as many, a stack is one tensor for torch; else every pair of it is.
-    """
-    rows: list[Any] = [slice(None)]
-    if len(set(group["counts"])) > 1 or not all(live):
-        rows = [i for i, on in enumerate(live) if on]
-    counts = [group["counts"][0 if isinstance(row, slice) else row] - 1 for row in rows]
+    def _refuse(self, group: dict[str, Any]) -> None:
+        """Raise for pairs that this method cannot go on from, before anything has moved."""
 
-    def parts(stacks: Sequence[Tensor]) -> list[Tensor]:
-        return [stack[row] for stack in stacks for row in rows]
+    def _own(
+        self,
+        bucket: list[Pair],
+        pairs: list[Pair],  # noqa: ARG002
+        settings: dict[str, Any],  # noqa: ARG002
+    ) -> dict[str, Any]:
+        return {"experts": bucket[0].experts, "counts": [0] * len(bucket)}
 
-    device = grads[0].device
-    adamw(
-        parts(values),
-        parts(grads),
-        parts(means),
-        parts(squares),
-        [],
-        [torch.tensor(n, dtype=torch.float32, device=device) for _ in values for n in counts],
-        fused=device.type in ("cpu", "cuda"),
-        **adamw_settings(group),
-    )
-
-
-def move_average(average: Tensor, now: Tensor, beta: float, live: list[bool]) -> None:
-    """average <- beta average + (1 - beta) now, in place, for the pairs that have a gradient."""
-    if all(live):
-        average.lerp_(now, 1 - beta)
-        return
-    for mine, theirs, moves in zip(average, now, live, strict=True):
-        if moves:
-            mine.lerp_(theirs, 1 - beta)
-
-
-def write_back(params: list[Tensor], values: Tensor) -> None:
-    """Write values (n, ...) into the parameters that have a gradient, in their dtype and shape."""
-    kept = [(p, v.view(p.shape)) for p, v in zip(params, values, strict=True) if p.grad is not None]
-    if kept:
-        targets, sources = ([both[side] for both in kept] for side in (0, 1))
-        torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]
+    def _read_gradients(self) -> list[BucketGradients]:
+        """Those of the buckets that have one."""
+        return [
+            BucketGradients(
+                group,
+                *stacked_gradients(group["params"], computed_in(group)),
+                [any(p.grad is not None for p in pair) for pair in pairs_of(group["params"])],
+            )
+            for group in self._paired()
+            if any(p.grad is not None for p in group["params"])
+        ]

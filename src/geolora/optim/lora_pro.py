@@ -6,20 +6,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from geolora.methods import lora_pro
-from geolora.optim.base import (
-    Pairwise,
-    adam,
-    moments,
-    move_average,
-    stacked,
-    unbiased,
-    write_back,
-)
-from geolora.optim.buckets import scales_of
+from geolora.optim.adamw import adam_direction, moments, move_average, unbiased
+from geolora.optim.base import BucketwiseOptimizer
+from geolora.optim.buckets import scales_of, stacked_factors, write_back
+from geolora.optim.saved_state import Shapes
 from geolora.pairs.find import find_pairs
 
 
-class LoRAPro(Pairwise):
+class LoRAPro(BucketwiseOptimizer):
     """Descent on LoRA's factors whose effect on W is Adam's on the projected gradient P(W)G.
 
     Adam's direction N is made in W space, from moments of P(W)G = U U^T G + G V V^T - U U^T G V V^T; then the
@@ -48,6 +42,8 @@ class LoRAPro(Pairwise):
         >>> optimizer = LoRAPro(model)                      # doctest: +SKIP
     """
 
+    method = "lora-pro"
+
     def __init__(
         self,
         model: nn.Module,
@@ -63,30 +59,38 @@ class LoRAPro(Pairwise):
         self._demand("ridge", ridge, ridge >= 0 and math.isfinite(ridge), "a number >= 0")
         forms = ("tangent", "full")
         self._demand("moments", moments, moments in forms, f"one of {forms}")
-        own = {
-            "lr": lr,
-            "moments": moments,
-            "betas": betas,
-            "eps": eps,
-            "ridge": ridge,
+        self._demand_adams(betas, eps)
+        settings = {"lr": lr, "moments": moments, "betas": betas, "eps": eps, "ridge": ridge}
+        pairs = find_pairs(model, adapter_name, with_sharded=True)
+        super().__init__(model, pairs, settings, rest_lr, adapter_name)
+
+    def _shapes(self, group: dict[str, Any], saved: dict[str, Any]) -> Shapes:
+        A, B = group["params"][:2]
+        n, r, d_in, d_out = len(group["layers"]), A.shape[0], A[0].numel(), B.shape[0]
+        if saved["moments"] == "full":
+            return dict.fromkeys(("exp_avg", "exp_avg_sq"), (n, d_out, d_in))
+        return {
+            "on_A": (n, r, d_in),
+            "on_B": (n, d_out, r),
+            "rows": (n, d_out),
+            "columns": (n, d_in),
         }
-        super().__init__(model, find_pairs(model, adapter_name), own, rest_lr, adapter_name)
 
     def _advance(self, group: dict[str, Any], on_A: Tensor, on_B: Tensor, live: list[bool]) -> None:
-        A, B = stacked(group)
+        A, B = stacked_factors(group)
         scale = scales_of(group, A)
         s = scale.view(-1, 1, 1)
-        seen = lora_pro.Parts(on_A / s, on_B / s)
+        seen = lora_pro.Projections(on_A / s, on_B / s)
         at = lora_pro.metric(A, B, group["ridge"])
         state = self.state[group["params"][0]]
         step = self._full if group["moments"] == "full" else self._tangent
-        parts, mean = step(group, state, A, B, seen, at, live)
-        g_A, g_B = lora_pro.factor_gradients(A, B, parts, scale, at)
+        direction, mean = step(group, state, A, B, seen, at, live)
+        g_A, g_B = lora_pro.factor_gradients(A, B, direction, scale, at)
         new_A, new_B = A - group["lr"] * g_A, B - group["lr"] * g_B
         for side, new in enumerate((new_A, new_B)):
             write_back(group["params"][side::2], new)
         if mean is not None:
-            written = stacked(group)  # as rounded to the dtype of the factors
+            written = stacked_factors(group)  # as rounded to the dtype of the factors
             state["on_A"], state["on_B"] = lora_pro.carried(A, B, mean, *written, at)
 
     @staticmethod
@@ -95,25 +99,25 @@ class LoRAPro(Pairwise):
         state: dict[str, Any],
         A: Tensor,
         B: Tensor,
-        seen: lora_pro.Parts,
+        seen: lora_pro.Projections,
         at: lora_pro.Metric,
         live: list[bool],
-    ) -> tuple[lora_pro.Parts, lora_pro.Parts]:
-        """N by its parts, and the first moment."""
+    ) -> tuple[lora_pro.Projections, lora_pro.Projections]:
+        """N by its projections, and the first moment."""
         now = lora_pro.mean_squares(A, B, seen, at)
         moments(state, ("on_A", "on_B", "rows", "columns"), (*seen, *now))
         first, second = group["betas"]
-        for key, part in zip(("on_A", "on_B"), seen, strict=True):
-            move_average(state[key], part, first, live)
-        for key, part in zip(("rows", "columns"), now, strict=True):
-            move_average(state[key], part, second, live)
-        mean = lora_pro.Parts(state["on_A"], state["on_B"])
+        for key, side in zip(("on_A", "on_B"), seen, strict=True):
+            move_average(state[key], side, first, live)
+        for key, square in zip(("rows", "columns"), now, strict=True):
+            move_average(state[key], square, second, live)
+        mean = lora_pro.Projections(state["on_A"], state["on_B"])
         squares = lora_pro.Squares(
             *(state[key] / unbiased(group, second, state[key]) for key in ("rows", "columns"))
         )
         N = lora_pro.normalised(A, B, mean, squares, at)
         share = 1 / unbiased(group, first, A)
-        return lora_pro.Parts(share * N.on_A, share * N.on_B), mean
+        return lora_pro.Projections(share * N.on_A, share * N.on_B), mean
 
     @staticmethod
     def _full(
@@ -121,10 +125,10 @@ class LoRAPro(Pairwise):
         state: dict[str, Any],
         A: Tensor,
         B: Tensor,
-        seen: lora_pro.Parts,
+        seen: lora_pro.Projections,
         at: lora_pro.Metric,
         live: list[bool],
-    ) -> tuple[lora_pro.Parts, None]:
-        """N by its parts."""
-        N = adam(state, lora_pro.dense(A, B, seen, at), group, live)
-        return lora_pro.parts_of(N, A, B), None
+    ) -> tuple[lora_pro.Projections, None]:
+        """N by its projections."""
+        N = adam_direction(state, lora_pro.dense(A, B, seen, at), group, live)
+        return lora_pro.projections_of(N, A, B), None

@@ -8,12 +8,13 @@ from torch import Tensor, nn
 from geolora.errors import SetupError
 from geolora.methods import rac_lora
 from geolora.optim.adamw import SETTINGS, adamw_step
-from geolora.optim.base import Pairwise
+from geolora.optim.base import BucketwiseOptimizer
 from geolora.optim.buckets import pairs_of
 from geolora.pairs.find import find_pairs
+from geolora.pairs.sharded import gathered, is_sharded, write_factors
 
 
-class RACLoRA(Pairwise):
+class RACLoRA(BucketwiseOptimizer):
     """RAC-LoRA: train the columns of B block after block, against random rows of A that stay as they are.
 
     Over the usual start (B = 0, A random). Block t trains its slots from zero, with AdamW started anew; those
@@ -37,6 +38,8 @@ class RACLoRA(Pairwise):
         >>> optimizer = RACLoRA(model, steps_per_block=500) # doctest: +SKIP
     """
 
+    method = "rac-lora"
+
     def __init__(
         self,
         model: nn.Module,
@@ -49,11 +52,12 @@ class RACLoRA(Pairwise):
         eps: float = 1e-8,
         adapter_name: str | None = None,
     ) -> None:
-        pairs = find_pairs(model, adapter_name)
+        self._demand_adams(betas, eps)
+        pairs = find_pairs(model, adapter_name, with_sharded=True)
         most = min(pair.r for pair in pairs)
         self._demand("steps_per_block", steps_per_block, steps_per_block >= 1, "1 or more")
         self._demand("blocks", blocks, 1 <= blocks <= most, f"from 1 to the rank, {most}")
-        own = {
+        settings = {
             **SETTINGS,
             "kind": "pairs",
             "lr": lr,
@@ -63,7 +67,7 @@ class RACLoRA(Pairwise):
             "steps_per_block": steps_per_block,
             "blocks": blocks,
         }
-        super().__init__(model, pairs, own, rest_lr, adapter_name)
+        super().__init__(model, pairs, settings, rest_lr, adapter_name)
 
     def _advance(
         self,
@@ -82,16 +86,20 @@ class RACLoRA(Pairwise):
         masked = torch.zeros_like(on_B)
         masked[..., first:last] = on_B[..., first:last]
         trained = group["params"][1::2]
+        # where they are not sharded these are the factors themselves
+        values = [gathered(B) for B in trained if B.grad is not None]
         grads = [
-            part.to(B.grad.dtype).reshape(B.shape)
-            for B, part in zip(trained, masked, strict=True)
+            grad.to(B.dtype).reshape(B.shape)
+            for B, grad in zip(trained, masked, strict=True)
             if B.grad is not None
         ]
-        adamw_step({**group, "params": trained}, self.state, grads)
+        adamw_step({**group, "params": trained}, self.state, values, grads)
+        if is_sharded(trained[0]):
+            write_factors([B for B in trained if B.grad is not None], values)
 
     def _refuse(self, group: dict[str, Any]) -> None:
         for name, (_, B) in zip(group["layers"], pairs_of(group["params"]), strict=True):
-            if not group["steps"] and B.any():
+            if not group["steps"] and gathered(B).any():
                 raise SetupError(
                     f"RACLoRA: a chain starts from B = 0; that of `{name}` is not. Use LoRA's usual start."
                 )

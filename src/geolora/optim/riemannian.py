@@ -6,11 +6,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from geolora.methods.riemannian import precondition
-from geolora.optim.base import Pairwise, adamw_of_stacks, moments, stacked, write_back
+from geolora.optim.adamw import adamw_of_stacks, moments
+from geolora.optim.base import BucketwiseOptimizer
+from geolora.optim.buckets import stacked_factors, write_back
+from geolora.optim.saved_state import Shapes
 from geolora.pairs.find import find_pairs
 
 
-class RiemannianAdamW(Pairwise):
+class RiemannianAdamW(BucketwiseOptimizer):
     """AdamW on LoRA's factor gradients in the metric of the other factor, for any LoRA pairs.
 
     grad_A becomes (B^T B + damping I)^-1 grad_A and grad_B becomes grad_B (A A^T + damping I)^-1, both of the
@@ -42,6 +45,8 @@ class RiemannianAdamW(Pairwise):
         >>> optimizer = RiemannianAdamW(model, lr=1e-3)     # doctest: +SKIP
     """
 
+    method = "riemannian"
+
     def __init__(
         self,
         model: nn.Module,
@@ -56,18 +61,30 @@ class RiemannianAdamW(Pairwise):
     ) -> None:
         self._demand("damping", damping, damping > 0 and math.isfinite(damping), "a number > 0")
         self._demand("weight_decay", weight_decay, weight_decay >= 0, "a number >= 0")
-        own = {
+        self._demand_adams(betas, eps)
+        settings = {
             "lr": lr,
             "damping": damping,
             "betas": betas,
             "eps": eps,
             "weight_decay": weight_decay,
         }
-        pairs = find_pairs(model, adapter_name, with_experts=True)
-        super().__init__(model, pairs, own, rest_lr, adapter_name)
+        pairs = find_pairs(model, adapter_name, with_experts=True, with_sharded=True)
+        super().__init__(model, pairs, settings, rest_lr, adapter_name)
+
+    def _shapes(self, group: dict[str, Any], saved: dict[str, Any]) -> Shapes:  # noqa: ARG002
+        A, B = group["params"][:2]
+        n, r = len(group["layers"]), A.shape[0]
+        A_like, B_like = (n, r, A[0].numel()), (n, B.shape[0], r)
+        return {
+            "exp_avg_A": A_like,
+            "exp_avg_B": B_like,
+            "exp_avg_sq_A": A_like,
+            "exp_avg_sq_B": B_like,
+        }
 
     def _advance(self, group: dict[str, Any], on_A: Tensor, on_B: Tensor, live: list[bool]) -> None:
-        state, factors = self.state[group["params"][0]], stacked(group)
+        state, factors = self.state[group["params"][0]], stacked_factors(group)
         grads = _preconditioned(group, *factors, on_A, on_B)
         means = moments(state, ("exp_avg_A", "exp_avg_B"), grads)
         squares = moments(state, ("exp_avg_sq_A", "exp_avg_sq_B"), grads)

@@ -1,0 +1,134 @@
+"""Masters of a bucket: U, sigma, V and the momentum of its pairs in float32 or wider, and what A and B hold of them.
+
+The stacked masters of a bucket are the state of its first parameter; the pairs are written from them. Where
+somebody else has written A or B since (a reload, an initialiser, `prune`), they are read from the pairs again.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from geolora.kernels.tangent import transport
+from geolora.optim.buckets import computed_in, pairs_of, scales_of
+from geolora.optim.rank_cycle import by_gain
+from geolora.optim.saved_state import Shapes
+from geolora.pairs.find import refuse_unreachable
+from geolora.pairs.point import balanced_maps, read_pair, scaled_pair, slot_lengths, slot_ranks
+from geolora.pairs.sharded import gathered, local_shard
+
+
+def master_shapes(group: dict[str, Any], settings: dict[str, Any]) -> Shapes:
+    """Masters U (n, d_out, r), sigma (n, r), V (n, d_in, r), momentum K, L like U, V, and gain (n, r)."""
+    A, B = group["params"][:2]
+    n, r, d_out, d_in = len(group["layers"]), A.shape[0], B.shape[0], A[0].numel()
+    shapes: Shapes = {"U": (n, d_out, r), "sigma": (n, r), "V": (n, d_in, r)}
+    if settings["moments"] != "none":
+        shapes |= {"K": (n, d_out, r), "L": (n, d_in, r)}
+    if by_gain(settings):
+        shapes["gain"] = (n, r)
+    return shapes
+
+
+class Masters:
+    """The masters of one bucket, and what is known of its factors for as long as they are as we left them.
+
+    Only the group and the state are saved; everything else is found again when needed.
+    """
+
+    def __init__(self, group: dict[str, Any], states: Mapping[Tensor, dict[str, Any]]) -> None:
+        self.group, self._states = group, states
+        self._prints: list[tuple[int, int]] | None = None
+        """What told the factors when their maps were right; None where that is not known."""
+        self._maps: tuple[Tensor, Tensor] | None = None
+        self._constants: tuple[list[int], Tensor, Tensor] | None = None
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """U, sigma, V, K, L, gain: the state of the first parameter; zeros before the first step."""
+        A, *others = self.group["params"]
+        state = self._states[A]
+        if not state:
+            dtype = computed_in(self.group)
+            # torch.distributed.checkpoint demands a state of every parameter: the row it stands for
+            for number, p in enumerate(others, 1):
+                self._states[p]["row"] = number // 2
+            for key, (n, *rest) in master_shapes(self.group, self.group).items():
+                # like A: a direction is a row in memory
+                zeros = torch.zeros((n, *rest[::-1]), dtype=dtype, device=A.device)
+                state[key] = zeros.movedim(-1, 1)
+        return state
+
+    def constants(self) -> tuple[Tensor, Tensor]:
+        """LoRA's s and the settled ranks (n,), as tensors while they stay the same."""
+        ranks = self.group["ranks"]
+        if self._constants is None or self._constants[0] != ranks:
+            sigma = self.state["sigma"]
+            settled = torch.tensor(ranks, device=sigma.device)
+            self._constants = [*ranks], scales_of(self.group, sigma), settled
+        return self._constants[1], self._constants[2]
+
+    def maps(self) -> tuple[tuple[Tensor, Tensor], bool]:
+        """What turns factor gradients into K and L: matrices (n, r, r), and whether they are not all diagonal.
+
+        Where A or B are no longer what we wrote, the masters of those pairs are read from them again and
+        their momentum is carried over.
+        """
+        prints = _fingerprints(self.group["params"])
+        if self._prints == prints and self._maps is not None:
+            right, left = self._maps
+            return (right.diag_embed(), left.diag_embed()), False
+        state = self.state
+        scale, settled = self.constants()
+        lengths = slot_lengths(state["sigma"], scale, settled)
+        slots = balanced_maps(scale, *lengths)
+        right, left = (side.diag_embed() for side in slots)
+        A, B = scaled_pair(state["U"], state["V"], *lengths)
+        factors = [gathered(p) for p in self.group["params"]]
+        stale = [
+            i
+            for i, (a, b) in enumerate(pairs_of(factors))
+            if not (
+                torch.equal(A[i].to(a.dtype), a.flatten(1))
+                and torch.equal(B[i].to(b.dtype), b.flatten(1))
+            )
+        ]
+        if not stale:
+            self.left_with(*slots)
+            return (right, left), False
+        for i in stale:
+            pair = factors[2 * i], factors[2 * i + 1]
+            refuse_unreachable(self.group["layers"][i], *pair)
+            right_i, left_i = self._read(i, *(factor.flatten(1) for factor in pair))
+            right[i], left[i] = right_i.to(right.dtype), left_i.to(left.dtype)
+        return (right, left), True
+
+    def _read(self, i: int, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """Read pair i from its factors; what turns their gradients into K and L, (r, r)."""
+        state, group = self.state, self.group
+        reading = read_pair(A, B, group["scales"][i], group["start_rank"])
+        old_U, old_V = state["U"][i].clone(), state["V"][i].clone()
+        for key, value in (("U", reading.U), ("sigma", reading.sigma), ("V", reading.V)):
+            state[key][i].copy_(value)
+        active, trials = slot_ranks(A, B)
+        probes = int(((reading.U != 0).any(0) | (reading.V != 0).any(0)).sum()) - active
+        group["ranks"][i] = max(1, active - trials if active else probes)
+        if "K" in state:
+            state["K"][i], state["L"][i] = transport(
+                state["K"][i], state["L"][i], old_U, old_V, state["U"][i], state["V"][i]
+            )
+        return reading.right, reading.left
+
+    def left_with(self, right: Tensor, left: Tensor) -> None:
+        """Remember that the factors, as they are now, have these maps (n, r), one number for a slot."""
+        self._prints, self._maps = _fingerprints(self.group["params"]), (right, left)
+
+    def left_unknown(self) -> None:
+        """Look at the factors again in the next step."""
+        self._prints = None
+
+
+def _fingerprints(params: list[Tensor]) -> list[tuple[int, int]]:
+    """What changes when a parameter is written or swapped by somebody else."""
+    return [(p._version, local_shard(p).data_ptr()) for p in params]
