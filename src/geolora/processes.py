@@ -11,7 +11,7 @@ def count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def join() -> None:
+def join_group() -> None:
     """Form the group of processes, where there are several."""
     if count() > 1:
         from accelerate import PartialState
@@ -24,26 +24,26 @@ def on_cpu() -> bool:
     return torch.backends.mps.is_available() or not torch.accelerator.is_available()
 
 
-def first() -> bool:
-    """Whether this process writes for all."""
+def is_first() -> bool:
+    """Whether this is the one process that writes for all."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def wait() -> None:
-    """Until all processes are here."""
+def wait_for_all() -> None:
+    """Return when all processes have called."""
     if count() > 1:
         torch.distributed.barrier()
 
 
-def any_of(asked: bool) -> bool:
-    """Whether it holds in any process; all must ask."""
+def true_on_any(flag: bool) -> bool:
+    """Whether the flag is True on any process; all must call."""
     if count() == 1:
-        return asked
+        return flag
     from accelerate import PartialState
 
-    found = torch.tensor([int(asked)], device=PartialState().device)
-    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
-    return bool(found.item())
+    largest = torch.tensor([int(flag)], device=PartialState().device)
+    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+    return bool(largest.item())
 
 
 def grouped() -> bool:

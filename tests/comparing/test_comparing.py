@@ -14,7 +14,7 @@ from geolora.errors import NonFiniteGradientError, OutputError, SettingError
 from geolora.report.comparison import table
 from geolora.settings.train_config import TrainConfig
 from geolora.tasks.task import Data, Rows
-from geolora.training.output_folder import alone, clear
+from geolora.training.output_folder import alone, remove_folder
 from geolora.training.run import Outcome
 from rows import reviews
 
@@ -189,7 +189,7 @@ def test_an_output_that_is_a_file_or_in_use(files: Path, trained: list[TrainConf
     (plan.output / "runs/one/ours/lr-default/seed-0.json").unlink()
     with alone(plan.output), pytest.raises(OutputError, match="another process works in"):
         run_all(plan, lambda _: None)
-    clear(plan.output)
+    remove_folder(plan.output)
     plan.output.write_text("words")
     with pytest.raises(OutputError, match="is a file. Choose a folder"):
         run_all(plan, lambda _: None)

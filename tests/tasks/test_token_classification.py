@@ -85,7 +85,7 @@ def test_the_loss_is_the_mean_over_the_words_of_a_step_in_however_many_parts() -
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(6, 5, 3, generator=generator)
     labels = torch.randint(0, 3, (6, 5), generator=generator)
-    labels[:2, 1:] = IGNORED  # the parts have other numbers of words
+    labels[:2, 1:] = IGNORED  # the microbatches have other numbers of words
     wanted = torch.nn.functional.cross_entropy(logits.mT, labels)
     count = (labels != IGNORED).sum()
     parts = [

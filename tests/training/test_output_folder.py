@@ -10,7 +10,7 @@ import pytest
 from safetensors import SafetensorError
 
 from geolora.errors import OutputError
-from geolora.training.output_folder import clear, writing
+from geolora.training.output_folder import naming_disk_errors, remove_folder
 
 
 @pytest.mark.parametrize(
@@ -25,13 +25,16 @@ from geolora.training.output_folder import clear, writing
     ],
 )
 def test_what_a_user_can_mend(error: Exception, message: str) -> None:
-    with pytest.raises(OutputError, match=f"`--output`: out: .*{message}"), writing("out"):
+    with (
+        pytest.raises(OutputError, match=f"`--output`: out: .*{message}"),
+        naming_disk_errors("out"),
+    ):
         raise error
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes differ"), OSError(errno.EIO, "broken")])
 def test_anything_else_is_not_hidden(error: Exception) -> None:
-    with pytest.raises(type(error)) as caught, writing("out"):
+    with pytest.raises(type(error)) as caught, naming_disk_errors("out"):
         raise error
     assert caught.value is error
 
@@ -40,12 +43,12 @@ WRITE = """
 import resource, sys, torch
 from safetensors.torch import save_file
 from geolora.errors import OutputError
-from geolora.training.output_folder import writing
+from geolora.training.output_folder import naming_disk_errors
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 big = {"a": torch.zeros(100_000)}
 for write in (lambda p: torch.save(big, p), lambda p: save_file(big, p)):
     try:
-        with writing("out"):
+        with naming_disk_errors("out"):
             write(sys.argv[1])
     except OutputError as error:
         print(error)
@@ -67,6 +70,6 @@ def test_a_link_is_removed_and_what_it_points_to_stays(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "file").write_text("kept")
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    clear(tmp_path / "link")
+    remove_folder(tmp_path / "link")
     assert not (tmp_path / "link").exists()
     assert (tmp_path / "real" / "file").read_text() == "kept"

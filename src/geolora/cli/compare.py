@@ -33,12 +33,12 @@ def run(arguments: argparse.Namespace) -> None:
     from geolora.comparing.plan import read_plan
     from geolora.comparing.run import run_all
     from geolora.report.comparison import table
-    from geolora.training.output_folder import writing
+    from geolora.training.output_folder import naming_disk_errors
 
     plan = read_plan(arguments.config)
     summary = run_all(plan, lambda line: print(line, flush=True))
     text = table(summary)
-    with writing(plan.output):
+    with naming_disk_errors(plan.output):
         Path(plan.output / "table.txt").write_text(text + "\n", encoding="utf-8")
         drawn = draw_comparison(plan.output)
     print(f"\n{text}\n")

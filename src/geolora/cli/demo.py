@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from geolora.errors import ModelError, SettingError
-from geolora.training.output_folder import check_output, clear
+from geolora.training.output_folder import check_output, remove_folder
 
 EXAMPLES = """examples:
   geolora demo
@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_output(output, arguments.overwrite, [model])
     if arguments.steps < 1:
         raise SettingError(f"`--steps` must be above 0; got {arguments.steps}.")
-    clear(output)
+    remove_folder(output)
     output.mkdir(parents=True)
     (output / "demo.json").write_text("{}\n", encoding="utf-8")  # whose folder it is
 

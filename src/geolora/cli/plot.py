@@ -28,11 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Check every folder, then draw them."""
     from geolora.report.figures import can_draw
-    from geolora.training.output_folder import writing
+    from geolora.training.output_folder import naming_disk_errors
 
     reports = [(Path(folder), _read(Path(folder))) for folder in arguments.folders]
     for folder, report in reports:
-        with writing(folder):
+        with naming_disk_errors(folder):
             drawn = draw_comparison(folder) if report is None else draw_run(folder, report)
         print(f"written: {', '.join([f'{folder}/report.html', *(path.name for path in drawn)])}")
     if not can_draw():

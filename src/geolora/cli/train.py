@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
     from geolora import processes
     from geolora.settings.strict_yaml import as_yaml, read_yaml, settings_of
     from geolora.training import run as training
-    from geolora.training.output_folder import writing
+    from geolora.training.output_folder import naming_disk_errors
 
     path, names = arguments.config, [spec.name for spec in dataclasses.fields(TrainConfig)]
     given = {name: value for name, value in vars(arguments).items() if name in names}
@@ -76,9 +76,9 @@ def run(arguments: argparse.Namespace) -> None:
         print(as_yaml(config), end="")
         return
     report = training.run(config)
-    if not processes.first():
+    if not processes.is_first():
         return
-    with writing(config.output):
+    with naming_disk_errors(config.output):
         draw_run(Path(config.output), report)
     print(summary(report, config.output, config.budget))
 

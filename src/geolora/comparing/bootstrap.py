@@ -30,10 +30,10 @@ def paired_difference(
     both methods.
 
     Args:
-        ours: runs of the method that have not diverged. theirs: runs of the one it is compared with.
+        ours: runs of the method that have not diverged. theirs: those of the one it is compared with.
         seed: of the draws.
     """
-    other = {run["seed"]: run for run in theirs if not run["failure"]}
+    other = {run["seed"]: run for run in theirs}
     pairs = [(run, other[run["seed"]]) for run in ours if run["seed"] in other]
     if not pairs:
         return None

@@ -5,7 +5,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from geolora.errors import SettingError
-from geolora.settings.strict_yaml import known_keys, mapping, of_type, read_yaml, settings_of
+from geolora.settings.strict_yaml import (
+    mapping,
+    of_type,
+    read_yaml,
+    refuse_unknown_keys,
+    settings_of,
+)
 from geolora.settings.train_config import TrainConfig
 
 KEYS = ("output", "common", "tasks", "methods", "seeds", "choose_on", "against")
@@ -71,7 +77,7 @@ def read_plan(path: str | Path) -> Plan:
     """
     where = str(path)
     given = read_yaml(path)
-    known_keys(given, KEYS, where)
+    refuse_unknown_keys(given, KEYS, where)
     for key in ("output", "tasks", "methods"):
         if key not in given:
             raise SettingError(f"{where}: `{key}` must be given.")
@@ -89,7 +95,7 @@ def read_plan(path: str | Path) -> Plan:
     against = of_type(given.get("against", next(iter(methods), "")), str, f"{where}: `against`")
     if not tasks or not methods:
         raise SettingError(f"{where}: `tasks` and `methods` must have one entry or more.")
-    known_keys({against: None}, methods, f"{where}: `against`")
+    refuse_unknown_keys({against: None}, methods, f"{where}: `against`")
 
     cells = []
     for seed in seeds:  # outermost: a table of fewer seeds comes first
@@ -97,20 +103,27 @@ def read_plan(path: str | Path) -> Plan:
             of_task = _settings(task_given, f"{where}: tasks: {task}", common)
             for method, method_given in methods.items():
                 here = f"{where}: methods: {method}"
-                listed, lrs = _lrs(method_given, here)
-                own = _settings(listed, here, {})
-                if misplaced := [key for key in OF_TASKS if key in own]:
-                    raise SettingError(f"{here}: `{misplaced[0]}` belongs to a task.")
-                merged = {**of_task, **own}
-                merged.setdefault("method", method)
-                for lr in lrs if lrs is not None else [merged.get("lr")]:
-                    folder = output / "running"
-                    settings = {**merged, "lr": lr, "seed": seed, "output": str(folder)}
-                    cells.append(Cell(task, method, lr, seed, TrainConfig(**settings)))
+                settings, lrs = _of_method(method, method_given, of_task, here)
+                for lr in lrs:
+                    of_cell = {"lr": lr, "seed": seed, "output": str(output / "running")}
+                    config = TrainConfig(**{**settings, **of_cell})
+                    cells.append(Cell(task, method, lr, seed, config))
     names = [cell.name for cell in cells]
     if len(set(names)) < len(names):
         raise SettingError(f"{where}: `seeds` and `lr` must not name a value twice.")
     return Plan(output, cells, choose_on, against)
+
+
+def _of_method(
+    name: str, given: Any, of_task: dict[str, Any], where: str
+) -> tuple[dict[str, Any], list[float | None]]:
+    """Settings of a method on a task, and the step sizes it is run with."""
+    listed, lrs = _lrs(given, where)
+    own = _settings(listed, where, {})
+    if misplaced := [key for key in OF_TASKS if key in own]:
+        raise SettingError(f"{where}: `{misplaced[0]}` belongs to a task.")
+    settings = {"method": name, **of_task, **own}
+    return settings, [settings.get("lr")] if lrs is None else [*lrs]
 
 
 def _settings(given: Any, where: str, below: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from geolora import processes
-from geolora.comparing.plan import GRID, Cell, Plan
+from geolora.comparing.plan import Cell, Plan
 from geolora.comparing.summary import summarise
 from geolora.errors import GradientError, OutputError, SettingError
 from geolora.files import read_json, write_json
@@ -24,7 +24,7 @@ from geolora.settings.train_config import DEFAULTS, TrainConfig
 from geolora.tasks.task import Data, Rows
 from geolora.training.check import check
 from geolora.training.identity import base_id
-from geolora.training.output_folder import alone, check_output, clear, writing
+from geolora.training.output_folder import alone, check_output, naming_disk_errors, remove_folder
 from geolora.training.resume import unfinished
 from geolora.training.run import load, train
 
@@ -62,7 +62,7 @@ def run_all(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
     if not plan.output.exists():
         check_output(plan.output, False)
     plan.output.mkdir(parents=True, exist_ok=True)
-    with writing(plan.output), alone(plan.output):
+    with naming_disk_errors(plan.output), alone(plan.output):
         if not marker.exists():
             write_json(marker, {})
         say(f"{len(plan.cells)} runs, {len(plan.cells) - len(todo)} of them done")
@@ -72,7 +72,9 @@ def run_all(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
             path = _file(plan, cell)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, result, indent=None)
-            clear(cell.config.output)  # only now: a run that is not on file must not be lost
+            remove_folder(
+                cell.config.output
+            )  # only now: a run that is not on file must not be lost
             left = (time.perf_counter() - begun) / number * (len(todo) - number)
             say(f"{number}/{len(todo)}  {cell.name}  {_short(result)}; {left / 60:.0f} min left")
         results = [(cell, read_json(_file(plan, cell))) for cell in plan.cells]
@@ -98,7 +100,7 @@ def split(data: Data, share: float) -> tuple[Data, Rows]:
 def _run(cell: Cell, data: Data, choice: Rows) -> dict[str, Any]:
     """Train one cell, or go on with it; a run that diverges has no scores and says why."""
     if not unfinished(cell.config):
-        clear(cell.config.output)
+        remove_folder(cell.config.output)
     result: dict[str, Any] = {
         "settings": _stored(cell.config),
         "data": _inputs(cell, data),
@@ -149,8 +151,10 @@ def _file(plan: Plan, cell: Cell) -> Path:
 
 
 def _stored(config: TrainConfig) -> dict[str, Any]:
-    """Settings that make a run what it is."""
-    return {key: value for key, value in asdict(config).items() if key not in GRID[1:]}
+    """Settings that make a run what it is, wherever it is written to."""
+    return {
+        key: value for key, value in asdict(config).items() if key not in ("output", "overwrite")
+    }
 
 
 def _inputs(cell: Cell, data: Data) -> str:

@@ -41,44 +41,31 @@ def summarise(
     for cell, result in results:
         runs = by_cell.setdefault((cell.task, cell.method), {})
         runs.setdefault(cell.lr, []).append({**result, "seed": cell.seed})
-    sweeps, rows, curves, maps = [], [], [], []
     chosen = {key: _best_lr(runs) for key, runs in by_cell.items()}
+    sweeps, rows, curves, maps = [], [], [], []
     differences: dict[str, dict[str, Difference]] = {}
     for (task, method), runs in by_cell.items():
-        for lr, at_lr in runs.items():
-            sweeps.append({"task": task, "method": method, "lr": lr, **_scores(at_lr)})
-        best = chosen[task, method]
-        row: dict[str, Any] = {"task": task, "method": method, "lr": best}
+        key, best = {"task": task, "method": method}, chosen[task, method]
+        sweeps += [{**key, "lr": lr, **_scores(at_lr)} for lr, at_lr in runs.items()]
+        row: dict[str, Any] = {**key, "lr": best, **_scores(runs[best])}
         rows.append(row)
-        finished = [run for run in runs[best] if not run["failure"]]
-        row |= _scores(runs[best])
+        finished = _finished(runs[best])
         if not finished:
             continue
         row |= _costs(finished)
-        rivals = by_cell[task, against][chosen[task, against]]
         if method != against:
-            difference = paired_difference(finished, rivals, zlib.crc32(task.encode()))
+            rivals = by_cell[task, against][chosen[task, against]]
+            difference = paired_difference(finished, _finished(rivals), zlib.crc32(task.encode()))
             row["difference"] = difference and interval([difference])
             if difference:
                 differences.setdefault(method, {})[task] = difference
-        first = finished[0]
-        curves.append(
-            {
-                "task": task,
-                "method": method,
-                "seed": first["seed"],
-                "steps": [entry["step"] for entry in first["history"]],
-                "losses": [entry["loss"] for entry in first["history"]],
-                "regularised": _regularises(first["settings"]["method"]),
-            }
-        )
-        maps.append({"task": task, "method": method, "ranks": first["report"]["ranks"]})
+        curves.append({**key, **_curve(finished[0])})
+        maps.append({**key, "ranks": finished[0]["report"]["ranks"]})
     metrics = {
         task: run["report"]["metric"]
         for (task, _), runs in by_cell.items()
         for at_lr in runs.values()
-        for run in at_lr
-        if not run["failure"]
+        for run in _finished(at_lr)
     }
     return {
         "against": against,
@@ -92,20 +79,15 @@ def summarise(
         "curves": curves,
         "maps": maps,
         "budgets": _budgets(results, sweeps),
-        "failures": [
-            {
-                "task": cell.task,
-                "method": cell.method,
-                "lr": cell.lr,
-                "seed": cell.seed,
-                "text": result["failure"],
-            }
-            for cell, result in results
-            if result["failure"]
-        ],
+        "failures": _failures(results),
         "settings": _settings(results),
         "versions": _versions(results),
     }
+
+
+def _finished(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs that did not diverge."""
+    return [run for run in runs if not run["failure"]]
 
 
 def _best_lr(runs: dict[float | None, list[dict[str, Any]]]) -> float | None:
@@ -116,7 +98,7 @@ def _best_lr(runs: dict[float | None, list[dict[str, Any]]]) -> float | None:
     """
 
     def worth(lr: float | None) -> tuple[bool, float, float]:
-        finished = [run for run in runs[lr] if not run["failure"]]
+        finished = _finished(runs[lr])
         scores = [_worth(run) for run in finished if run["choice"] is not None]
         mean = statistics.fmean(scores) if scores else -math.inf
         return len(finished) == len(runs[lr]), mean, -(lr or 0.0)
@@ -131,7 +113,7 @@ def _worth(run: dict[str, Any]) -> float:
 
 def _scores(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean and spread over seeds of the scores; None where every run diverged."""
-    finished = [run for run in runs if not run["failure"]]
+    finished = _finished(runs)
     values = [run["report"]["value"] for run in finished]
     return {
         "seeds": len(runs),
@@ -153,9 +135,15 @@ def _costs(runs: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _regularises(method: str) -> bool:
-    """Whether the losses of a method hold a penalty, and so cannot be compared with those of others."""
-    return method in METHODS and METHODS[method].regularises
+def _curve(run: dict[str, Any]) -> dict[str, Any]:
+    """Losses of a run over its steps; `regularised` where they hold a penalty that others have not."""
+    method = METHODS.get(run["settings"]["method"])
+    return {
+        "seed": run["seed"],
+        "steps": [entry["step"] for entry in run["history"]],
+        "losses": [entry["loss"] for entry in run["history"]],
+        "regularised": method is not None and method.regularises,
+    }
 
 
 def _same_direction(metrics: dict[str, str]) -> bool:
@@ -255,6 +243,21 @@ def _shown(cell: Cell) -> dict[str, Any]:
         if Path(settings[key]).is_absolute():
             settings[key] = Path(settings[key]).name
     return settings
+
+
+def _failures(results: list[tuple[Cell, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The runs that diverged, and what they said."""
+    return [
+        {
+            "task": cell.task,
+            "method": cell.method,
+            "lr": cell.lr,
+            "seed": cell.seed,
+            "text": result["failure"],
+        }
+        for cell, result in results
+        if result["failure"]
+    ]
 
 
 def _versions(results: list[tuple[Cell, dict[str, Any]]]) -> dict[str, list[str]]:

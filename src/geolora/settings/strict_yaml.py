@@ -49,7 +49,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         value = yaml.load(text, Loader)
     except SettingError:
         raise
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         at = f" in line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "cannot be parsed"
@@ -86,7 +86,7 @@ def mapping(value: Any, where: str) -> dict[str, Any]:
     return {str(key): inner for key, inner in value.items()}
 
 
-def known_keys(given: Mapping[str, Any], known: Iterable[str], where: str) -> None:
+def refuse_unknown_keys(given: Mapping[str, Any], known: Iterable[str], where: str) -> None:
     """Raise `SettingError` for a key that is not known, with the nearest one."""
     known = list(known)
     for key in given:
@@ -108,7 +108,7 @@ def settings_of(given: Mapping[str, Any], config: type, where: str) -> dict[str,
         name = key.replace("-", "_")
         if name in result:
             raise SettingError(f"{where}: `{key}` is given twice. Remove one.")
-        known_keys({name: None}, [spec.name for spec in fields(config)], where)
+        refuse_unknown_keys({name: None}, [spec.name for spec in fields(config)], where)
         result[name] = of_type(value, hints[name], f"{where}: `{key}`")
     return result
 

@@ -39,7 +39,7 @@ def chat_tokens(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> dict[str,
         first = _common(asked, ids)
         last = _common(render(tokenizer, messages[: number + 1]), ids)
         if last <= first:
-            # the last answer may look another way than one in the middle: see what is gone without it
+            # a template may render the last answer in another way than earlier ones: see what is gone without it
             without = render(tokenizer, [*messages[:number], *messages[number + 1 :]])
             before = _common(render(tokenizer, messages[:number]), ids)
             last = before + len(ids) - len(without)

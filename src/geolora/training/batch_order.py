@@ -38,9 +38,9 @@ def batch_order(lengths: Sequence[int], batch_size: int, steps: int, seed: int) 
             order += carried + first
             taken = set(first)
             rows = [row for row in rows if row not in taken]
-        whole = len(rows) // batch_size * batch_size
-        rows, carried = rows[:whole], rows[whole:]
-        for start in range(0, whole, WINDOW * batch_size):
+        full = len(rows) // batch_size * batch_size  # rows of full batches; the others wait
+        rows, carried = rows[:full], rows[full:]
+        for start in range(0, full, WINDOW * batch_size):
             window = rows[start : start + WINDOW * batch_size]
             window.sort(key=lambda row: lengths[row])  # stable: rows of a length stay shuffled
             batches = [window[i : i + batch_size] for i in range(0, len(window), batch_size)]

@@ -90,12 +90,12 @@ def latest(folder: Path, run: str) -> Path | None:
         folder: where `checkpoint-N` folders lie; need not exist.
         run: as in `seal`.
     """
-    found = _steps(folder)
-    for step in sorted(found, reverse=True):
-        problem = flaw(found[step], run)
+    by_step = _steps(folder)
+    for step in sorted(by_step, reverse=True):
+        problem = flaw(by_step[step], run)
         if problem is None:
-            return found[step]
-        warnings.warn(f"{found[step]} {problem}: not used.", CheckpointWarning, stacklevel=2)
+            return by_step[step]
+        warnings.warn(f"{by_step[step]} {problem}: not used.", CheckpointWarning, stacklevel=2)
     return None
 
 
@@ -132,7 +132,7 @@ def checkpoint_callback(run: str, can_resume: bool = True) -> Any:
 
         def ask(self, number: int, _frame: FrameType | None) -> None:
             self.asked = True
-            self.give_back()
+            self.restore_handlers()
             name, act = signal.Signals(number).name, "saving" if can_resume else "stopping"
             warnings.warn(
                 f"{name}: {act} after this step; again to quit at once.",
@@ -141,7 +141,7 @@ def checkpoint_callback(run: str, can_resume: bool = True) -> Any:
             )
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-            asked = processes.any_of(self.asked)
+            asked = processes.true_on_any(self.asked)
             if asked or state.global_step == state.max_steps:
                 control.should_save = can_resume
             if asked:
@@ -153,16 +153,17 @@ def checkpoint_callback(run: str, can_resume: bool = True) -> Any:
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
             folder = Path(args.output_dir)
             newest = folder / f"checkpoint-{state.global_step}"
-            processes.wait()  # every process writes a file of its own
-            if processes.first():
+            processes.wait_for_all()  # every process writes a file of its own
+            if processes.is_first():
                 seal(newest, run)
                 rotate(folder, run, newest)
-            processes.wait()
+            processes.wait_for_all()
 
         def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-            self.give_back()
+            self.restore_handlers()
 
-        def give_back(self) -> None:
+        def restore_handlers(self) -> None:
+            """Let the signals do again what they did before."""
             for number, handler in (self.before or {}).items():
                 signal.signal(number, handler)
             self.before = None
@@ -172,11 +173,11 @@ def checkpoint_callback(run: str, can_resume: bool = True) -> Any:
 
 def digest(path: Path) -> str:
     """SHA-256 of a file."""
-    found = hashlib.sha256()
+    result = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
-            found.update(block)
-    return found.hexdigest()
+            result.update(block)
+    return result.hexdigest()
 
 
 def _steps(folder: Path) -> dict[int, Path]:

@@ -36,7 +36,7 @@ def clock_callback(checkpoint: Path | None) -> Any:
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            if processes.first():
+            if processes.is_first():
                 write_json(folder / SECONDS, self.seconds, indent=None)
 
     return Clock()

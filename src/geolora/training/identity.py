@@ -10,7 +10,7 @@ from pathlib import Path
 from geolora.settings.train_config import TrainConfig
 
 BEGINNING = 1 << 20
-"""Bytes of a file that are looked at to tell it from another of its name and size."""
+"""Bytes of a file that are hashed, to tell it from another of its name and size."""
 
 
 def run_id(config: TrainConfig, data_id: str) -> str:

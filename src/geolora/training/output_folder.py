@@ -32,9 +32,9 @@ def check_output(output: str | Path, overwrite: bool, inputs: Iterable[str | Pat
             raise OutputError(
                 f"`--output`: {output} exists. Choose another folder, or add --overwrite."
             )
-        whole = output.resolve()
+        resolved = output.resolve()
         for path in map(Path, inputs):
-            if path.exists() and whole in (path.resolve(), *path.resolve().parents):
+            if path.exists() and resolved in (path.resolve(), *path.resolve().parents):
                 raise OutputError(
                     f"`--output`: {output} holds {path}, which is read. Choose another."
                 )
@@ -51,7 +51,7 @@ def check_output(output: str | Path, overwrite: bool, inputs: Iterable[str | Pat
         )
 
 
-def clear(output: str | Path) -> None:
+def remove_folder(output: str | Path) -> None:
     """Remove a folder that `check_output` has passed."""
     output = Path(output)
     if output.is_symlink():
@@ -60,7 +60,7 @@ def clear(output: str | Path) -> None:
         shutil.rmtree(output)
 
 
-def empty(folder: Path) -> None:
+def empty_folder(folder: Path) -> None:
     """Remove what is in a folder that `check_output` has passed and that is held; the hold stays."""
     for path in folder.iterdir():
         if path.name != LOCK:
@@ -95,7 +95,7 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def writing(output: str | Path) -> Iterator[None]:
+def naming_disk_errors(output: str | Path) -> Iterator[None]:
     """Turn a full disk and missing rights, from whatever library writes, into `OutputError`.
 
     What was whole before stays: checkpoints that are sealed, files that are replaced at once.
@@ -108,8 +108,8 @@ def writing(output: str | Path) -> Iterator[None]:
         raise
     except (OSError, RuntimeError, SafetensorError) as error:
         chain = [error, error.__cause__, error.__context__]
-        codes = {found.errno for found in chain if isinstance(found, OSError)}
-        codes |= {int(found) for e in chain for found in OS_ERROR.findall(str(e))}
+        codes = {e.errno for e in chain if isinstance(e, OSError)}
+        codes |= {int(code) for e in chain for code in OS_ERROR.findall(str(e))}
         torch_failed = any("inline_container" in str(e) for e in chain)  # torch.save says no more
         if codes & NO_ROOM or torch_failed:
             what, do = "there is no space left", "Free some, and start the same command again"

@@ -1,4 +1,4 @@
-"""Peak memory of a part of a program: of the accelerator where there is one, else of the process."""
+"""Peak memory of a run: of the accelerator where there is one, else of the process."""
 
 import ctypes
 import gc

@@ -11,7 +11,7 @@ from geolora.errors import DataError, OutputError
 from geolora.files import read_json
 from geolora.settings.train_config import TrainConfig
 from geolora.training.checkpoints import latest
-from geolora.training.output_folder import alone, empty
+from geolora.training.output_folder import alone, empty_folder
 
 RUN = "run.json"
 """Settings and data of the run of a folder; with report.json beside it, the run has ended."""
@@ -48,14 +48,14 @@ def opened(config: TrainConfig, data_id: str, run_id: str) -> Iterator[Path | No
     """
     output = Path(config.output)
     checkpoint = None if config.overwrite else _checkpoint(config, data_id, run_id)
-    processes.wait()
-    if processes.first():
+    processes.wait_for_all()
+    if processes.is_first():
         output.mkdir(parents=True, exist_ok=True)
-    processes.wait()
-    with alone(output) if processes.first() else nullcontext():
-        if processes.first() and checkpoint is None:
-            empty(output)
-        processes.wait()
+    processes.wait_for_all()
+    with alone(output) if processes.is_first() else nullcontext():
+        if processes.is_first() and checkpoint is None:
+            empty_folder(output)
+        processes.wait_for_all()
         yield checkpoint
 
 

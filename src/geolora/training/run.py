@@ -28,7 +28,7 @@ from geolora.training.check import check, microbatches, planned_steps
 from geolora.training.checkpoints import Stopped, checkpoint_callback, flush
 from geolora.training.clock import clock_callback
 from geolora.training.identity import run_id, versions
-from geolora.training.output_folder import clear, writing
+from geolora.training.output_folder import naming_disk_errors, remove_folder
 from geolora.training.peak_memory import peak_bytes, reset_peak
 from geolora.training.recipes import Batches, Kept, Recipe, recipe_of
 from geolora.training.resume import RUN, opened
@@ -92,14 +92,14 @@ def train(config: TrainConfig, data: Data, choice: Rows | None = None) -> Outcom
     """
     check(config)
     _check_classes(config, data)
-    processes.join()
+    processes.join_group()
     reset_peak()
     ready = _prepare(config, data)
     recipe, model, output, data_id = ready.recipe, ready.model, Path(config.output), data.digest()
     this_run = run_id(config, data_id)
 
-    with writing(output), opened(config, data_id, this_run) as checkpoint:
-        if processes.first():
+    with naming_disk_errors(output), opened(config, data_id, this_run) as checkpoint:
+        if processes.is_first():
             _keep_settings(ready, data_id)
         clock = clock_callback(checkpoint)
         checkpoints = checkpoint_callback(this_run, recipe.method.can_resume)
@@ -111,7 +111,7 @@ def train(config: TrainConfig, data: Data, choice: Rows | None = None) -> Outcom
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         recipe.finish(model)
-        kept = _save_adapter(ready) if processes.first() else None
+        kept = _save_adapter(ready) if processes.is_first() else None
 
         metric = config.metric or METRICS_OF[config.task][0]
         predicted = ready.task.predict(trainer, ready.loaded, data.held_out, config)
@@ -139,7 +139,7 @@ def train(config: TrainConfig, data: Data, choice: Rows | None = None) -> Outcom
                 "command": shlex.join(["geolora", *sys.argv[1:]]),
             }
             _write_report(output, report, history, data.names)
-        processes.wait()
+        processes.wait_for_all()
         report = read_json(output / "report.json")
     return Outcome(report, history, *predicted, choice_score)
 
@@ -215,7 +215,7 @@ def _trainer(ready: _Ready, clock: Any, checkpoints: Any) -> Any:
         model=model,
         optimizer_cls_and_kwargs=ready.optimizer,
         callbacks=[
-            *([progress_callback()] if processes.first() else []),
+            *([progress_callback()] if processes.is_first() else []),
             clock,
             *ready.recipe.callbacks(model),
             checkpoints,
@@ -287,7 +287,7 @@ def _fit(ready: _Ready, trainer: Any, checkpoints: Any, checkpoint: Path | None)
     except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
         raise _diverged(trainer) from error
     finally:
-        checkpoints.give_back()
+        checkpoints.restore_handlers()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     trained = [p for p in ready.model.parameters() if p.requires_grad]
     if not all(map(math.isfinite, losses[-1:])) or not all(
@@ -330,11 +330,11 @@ def _save_adapter(ready: _Ready) -> Kept:
     """Write `adapter/`, at once or not at all."""
     output = Path(ready.config.output)
     partial = output / "adapter.partial"
-    clear(partial)
+    remove_folder(partial)
     kept = ready.recipe.save(ready.model, partial, output / "start")
     ready.loaded.processor.save_pretrained(partial)
     flush(partial)
-    clear(output / "adapter")
+    remove_folder(output / "adapter")
     partial.rename(output / "adapter")
     return kept
 
