@@ -4,17 +4,25 @@ import copy
 import json
 import math
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import peft
 import pytest
 import torch
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers.utils import logging
 
 import geolora
+from geolora.adapters.base_model import quietly
 from geolora.adapters.names import CONFIG, PROBES, WEIGHTS
 from geolora.errors import (
     AdapterError,
@@ -249,6 +257,62 @@ def test_a_transformers_model_by_folder(layout: str, tmp_path: Path) -> None:
     assert close(loaded(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
     merged = loaded.merge_and_unload()
     assert close(merged(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def loudness() -> tuple[int, bool, bool]:
+    """How loud transformers is: level of its log, its progress bars, the Hub's."""
+    return (
+        logging.get_verbosity(),
+        logging.is_progress_bar_enabled(),
+        not are_progress_bars_disabled(),
+    )
+
+
+@pytest.fixture
+def loud() -> Iterator[tuple[int, bool, bool]]:
+    """As loud as nobody leaves it by accident; put back in the end."""
+    level, bars, hub_bars = loudness()
+    logging.set_verbosity_info()
+    logging.enable_progress_bar()
+    yield (logging.INFO, True, True)
+    logging.set_verbosity(level)
+    (logging.enable_progress_bar if bars else logging.disable_progress_bar)()
+    (enable_progress_bars if hub_bars else disable_progress_bars)()
+
+
+def test_verify_leaves_logs_and_progress_bars_as_they_were(
+    loud: tuple[int, bool, bool], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = tiny_llama(tmp_path / "base")
+    base = LlamaForSequenceClassification.from_pretrained(folder)
+    config = LoraConfig(task_type="SEQ_CLS", r=2, target_modules="all-linear")
+    geolora.export(get_peft_model(base, config), tmp_path / "out")
+    assert loudness() == loud
+    capsys.readouterr()
+    assert geolora.verify(tmp_path / "out")
+    assert loudness() == loud
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(AdapterError, match="cannot be loaded"):
+        geolora.verify(tmp_path / "out")
+    assert loudness() == loud
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("bars", [True, False])
+@pytest.mark.parametrize("hub_bars", [True, False])
+def test_quiet_is_put_back_whatever_happens(
+    bars: bool, hub_bars: bool, loud: tuple[int, bool, bool]
+) -> None:
+    (logging.enable_progress_bar if bars else logging.disable_progress_bar)()
+    (enable_progress_bars if hub_bars else disable_progress_bars)()
+    before = (loud[0], bars, hub_bars)
+    quiet = (logging.ERROR, False, False)
+    with quietly():
+        assert loudness() == quiet
+        with pytest.raises(KeyboardInterrupt), quietly():
+            raise KeyboardInterrupt
+        assert loudness() == quiet, "an inner one ends as it began"
+    assert loudness() == before
 
 
 def test_verify_notices_what_was_changed(tmp_path: Path) -> None:

@@ -37,9 +37,8 @@ def quietly() -> Iterator[None]:
     finally:
         logging.set_verbosity(level)
         if bars:
-            logging.enable_progress_bar()  # and the Hub's
-        if hub_bars == hub.are_progress_bars_disabled():
-            (hub.enable_progress_bars if hub_bars else hub.disable_progress_bars)()
+            logging.enable_progress_bar()
+        (hub.enable_progress_bars if hub_bars else hub.disable_progress_bars)()
 
 
 def load_adapter(path: str | Path, base: str | Path | None = None) -> Any:
