@@ -69,12 +69,12 @@ def wrong_history(history: Any) -> str | None:
 
 def wrong_comparison(summary: Any) -> str | None:
     """The first thing that is wrong with a comparison.json, or None."""
-    found = _wrong(summary, COMPARISON, "")
-    if not found:
-        there = {key: shape for key, shape in LATER.items() if key in summary}
-        found = _wrong(summary, there, "")
-    if found:
-        return found
+    fault = _wrong(summary, COMPARISON, "")
+    if not fault:
+        present = {key: shape for key, shape in LATER.items() if key in summary}
+        fault = _wrong(summary, present, "")
+    if fault:
+        return fault
     rows = enumerate(summary["rows"])
     return _first(
         None if summary["rows"] else "`rows` is empty",
@@ -103,14 +103,14 @@ def wrong_comparison(summary: Any) -> str | None:
     )
 
 
-def _wrong(value: Any, shape: Any, place: str) -> str | None:
+def _wrong(value: Any, shape: Any, path: str) -> str | None:
     """Where a value differs first from a shape: a type or several, {key: shape} or [shape]."""
     if not _fits(value, type(shape) if isinstance(shape, dict | list) else shape):
-        return f"`{place}` is of another type" if place else "it is of another type"
+        return f"`{path}` is of another type" if path else "it is of another type"
     if isinstance(shape, list):
-        return _first(*(_wrong(v, shape[0], f"{place}[{i}]") for i, v in enumerate(value)))
+        return _first(*(_wrong(v, shape[0], f"{path}[{i}]") for i, v in enumerate(value)))
     if isinstance(shape, dict):
-        start = f"{place}." if place else ""
+        start = f"{path}." if path else ""
         if EACH in shape:
             return _first(*(_wrong(v, shape[EACH], f"{start}{k}") for k, v in value.items()))
         missing = (f"`{start}{key}` is missing" for key in shape if key not in value)
@@ -125,5 +125,5 @@ def _fits(value: Any, kind: Any) -> bool:
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
-def _first(*found: str | None) -> str | None:
-    return next((text for text in found if text), None)
+def _first(*faults: str | None) -> str | None:
+    return next((fault for fault in faults if fault), None)
