@@ -74,15 +74,16 @@ TABLE = """
     pairs.point                :
     pairs.sharded              :
     processes                  :
-    report.blocks              :
-    report.comparison          : files report.figures report.inline report.layout report.panels
-    report.figures             : files report.layout
-    report.inline              : report.blocks
+    report.clean               :
+    report.comparison          : files report.figures report.inline report.layout report.panels report.text report.view
+    report.figures             : files report.layout report.panels
+    report.inline              : report.clean
     report.layout              :
-    report.pages               : files report.blocks report.figures report.inline report.panels
-    report.panels              : report.figures
+    report.pages               : files report.clean report.figures report.inline report.panels report.view
+    report.panels              : report.layout report.view
     report.shape               :
-    report.text                : report.layout
+    report.text                : report.layout report.view
+    report.view                : report.clean
     settings.strict_yaml       : errors
     settings.train_config      : methods
     starts.gradient_pass       : errors kernels pairs processes

@@ -6,13 +6,16 @@ import re
 import shutil
 import subprocess
 import sys
+from html import unescape
 from pathlib import Path
 
 import pytest
 
 import pages
-from geolora.report import blocks, inline
+from geolora.report import inline
 from geolora.report import pages as written
+from geolora.report.clean import without_folders
+from geolora.report.comparison import table
 from geolora.report.shape import wrong_comparison, wrong_history, wrong_run
 from pages import NASTY, Page
 
@@ -61,6 +64,34 @@ def test_names_are_text_and_nothing_is_loaded(tmp_path: Path) -> None:
         assert len(set(page.ids)) == len(page.ids), "every figure has its own ids"
         named = set(re.findall(r"url\(#([^)]+)\)", page.source))
         assert named <= set(page.ids)
+
+
+@needs_figures
+@pytest.mark.filterwarnings("ignore:Glyph 7")
+def test_characters_that_no_page_may_hold_are_left_out(tmp_path: Path) -> None:
+    summary = pages.comparison(tmp_path, {"one": "accuracy"})
+    summary["failures"][0]["text"] = "lost \x00\x1b[31m\ud800 here"
+    summary["versions"]["to\x07rch"] = ["2\x7f.6"]
+    text = json.dumps(summary).replace('"small"', '"sm\\u0007all"')
+    (tmp_path / "comparison.json").write_text(text)
+    page = Page(written.write_comparison(tmp_path))
+    assert "lost [31m here" in page.text
+    assert "torch2.6" in page.text
+    assert "ranks, one: small" in page.figures
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f]", page.source)
+
+
+def test_the_page_and_the_terminal_say_the_same_of_a_row(tmp_path: Path) -> None:
+    summary = pages.comparison(tmp_path, {"one": "accuracy", "two": "accuracy"})
+    source = written.write_comparison(tmp_path).read_text(encoding="utf-8")
+    rows = re.findall(r"<tr>(.*<td.*)</tr>", source.partition("</table>")[0])
+    lines = table(summary).splitlines()[1 : len(rows) + 1]
+    assert len(rows) == len(summary["rows"]) + len(summary["means"])
+    assert summary["means"]
+    for row, line in zip(rows, lines, strict=True):
+        method, lr, score, _, *rest = re.findall(r"<td[^>]*>(.*?)</td>", row)
+        shown = [unescape(method), lr, *score.split(" ± "), *rest]
+        assert line.split(maxsplit=1)[1].split() == " ".join(shown).split()
 
 
 @needs_figures
@@ -171,7 +202,7 @@ def test_paths_become_names() -> None:
         ("https://host/a/b", "https://host/a/b"),
         ("<b>x</b> 3 / 4", "<b>x</b> 3 / 4"),
     ):
-        assert blocks.without_folders(given) == left
+        assert without_folders(given) == left
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from textwrap import wrap
 from typing import Any
 
 from geolora.files import read_json
-from geolora.report.layout import depth_order, places, rank_table
+from geolora.report import panels
+from geolora.report.layout import depth_order, kinds_and_depths, rank_table
 
 NAMES = ("ranks.png", "spectra.png")
 """What `adapter_figures` writes."""
@@ -36,12 +37,11 @@ def rank_map(folder: str | Path, lower_is_better: bool = False) -> Path | None:
         return None
     folder = Path(folder)
     report = read_json(folder / "report.json")
-    figure = map_figure(report["ranks"], max([1, *report["ranks"].values()]))
-    figure.axes[0].set_title(
+    title = (
         f"ranks found by {report['method']}: {report['adapter_parameters']:,} parameters, "
-        f"{report['metric']} {report['value']:.3f}" + " (lower is better)" * lower_is_better,
-        fontsize="medium",
+        f"{report['metric']} {report['value']:.3f}" + " (lower is better)" * lower_is_better
     )
+    figure = ranks_figure(report["ranks"], max([1, *report["ranks"].values()]), title)
     path = folder / "ranks.png"
     figure.savefig(path, dpi=150)
     return path
@@ -61,8 +61,8 @@ def adapter_figures(rows: list[dict[str, Any]], folder: Path, judged: str) -> li
     return paths
 
 
-def map_figure(ranks: dict[str, int], top: int, small: bool = False) -> Any:
-    """A figure of its own of the ranks of layers; a small one has no scale of colours."""
+def ranks_figure(ranks: dict[str, int], top: int, title: str = "", small: bool = False) -> Any:
+    """A figure of one rank map; a small one has no scale of colours."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -73,50 +73,10 @@ def map_figure(ranks: dict[str, int], top: int, small: bool = False) -> Any:
     else:
         size = (2.0 + 0.09 * letters + 0.55 * len(depths), 1.6 + 0.4 * len(kinds))
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots()
-    cells = draw_map(axes, ranks, top, "small" if small else None)
+    cells = panels.rank_map(figure.subplots(), ranks, top, title, "small" if small else None)
     if not small:
         figure.colorbar(cells, label="rank", ticks=MaxNLocator(integer=True))
     return figure
-
-
-def draw_map(axes: Any, ranks: dict[str, int], top: int, letters: str | None = None) -> Any:
-    """The ranks of layers as coloured cells with their numbers; returns the cells.
-
-    Args:
-        letters: their size, matplotlib's default if not given.
-    """
-    kinds, depths, table = rank_table(ranks)
-    cells = draw_cells(
-        axes, [[None if value is None else float(value) for value in row] for row in table], 0, top
-    )
-    for y, row in enumerate(table):
-        for x, value in enumerate(row):
-            if value is not None:
-                color = "w" if value < 0.6 * top else "k"
-                axes.text(x, y, str(value), ha="center", va="center", color=color, size=letters)
-    axes.set_xticks(range(len(depths)), depths, size=letters)
-    axes.set_yticks(range(len(kinds)), kinds, size=letters)
-    axes.set_xlabel("layer", size=letters)
-    return cells
-
-
-def draw_cells(
-    axes: Any, table: list[list[float | None]], low: float, high: float, cmap: str = "viridis"
-) -> Any:
-    """Coloured cells, the first row on top, centred on whole numbers; None stays white."""
-    cells = axes.pcolormesh(
-        [x - 0.5 for x in range(len(table[0]) + 1)],
-        [y - 0.5 for y in range(len(table) + 1)],
-        [[float("nan") if value is None else value for value in row] for row in table],
-        vmin=low,
-        vmax=high,
-        cmap=cmap,
-        edgecolors="white",
-        linewidth=0.5,
-    )
-    axes.set_ylim(len(table) - 0.5, -0.5)
-    return cells
 
 
 def _rank_change(rows: list[dict[str, Any]], judged: str) -> Any:
@@ -136,13 +96,12 @@ def _rank_change(rows: list[dict[str, Any]], judged: str) -> Any:
     else:
         size = (1.6 + names + across, 2 * (1.0 + height))
     figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True) if beside else figure.subplots(2, 1)
+    pair = figure.subplots(1, 2, sharey=True) if beside else figure.subplots(2, 1)
     top = max(1, *maps["rank now"].values())
     cells: Any = None
-    for axes, (title, ranks) in zip(panels, maps.items(), strict=True):
-        axes.set_title(title, fontsize="medium")
-        cells = draw_map(axes, ranks, top)
-    figure.colorbar(cells, ax=panels, label="rank", ticks=MaxNLocator(integer=True))
+    for axes, (title, ranks) in zip(pair, maps.items(), strict=True):
+        cells = panels.rank_map(axes, ranks, top, title)
+    figure.colorbar(cells, ax=pair, label="rank", ticks=MaxNLocator(integer=True))
     return figure
 
 
@@ -156,19 +115,19 @@ def _spectra(rows: list[dict[str, Any]], judged: str) -> Any:
     from matplotlib.colors import BoundaryNorm
     from matplotlib.figure import Figure
 
-    where = places(row["layer"] for row in rows)
-    kinds = list(dict.fromkeys(kind for kind, _ in where.values()))
-    depths = depth_order(depth for _, depth in where.values())
+    positions = kinds_and_depths(row["layer"] for row in rows)
+    kinds = list(dict.fromkeys(kind for kind, _ in positions.values()))
+    depths = depth_order(depth for _, depth in positions.values())
     across = min(len(kinds), 4 if len(kinds) in (4, 7, 8) or len(kinds) > 9 else 3)
     down = -(-len(kinds) // across)
     figure = Figure(figsize=(2.0 + 2.9 * across, 1.5 + 2.1 * down), layout="constrained")
     grid = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
-    panels = dict(zip(kinds, grid.flat, strict=False))
+    axes_of = dict(zip(kinds, grid.flat, strict=False))
     cmap = colormaps["viridis"].resampled(len(depths))
     lowest = 0.1
     for row in rows:
-        kind, depth = where[row["layer"]]
-        axes, sigma, kept = panels[kind], row["sigma"], row["settled_rank"]
+        kind, depth = positions[row["layer"]]
+        axes, sigma, kept = axes_of[kind], row["sigma"], row["settled_rank"]
         if not sigma:
             continue
         heights = [value / sigma[0] for value in sigma]
@@ -178,16 +137,16 @@ def _spectra(rows: list[dict[str, Any]], judged: str) -> Any:
         axes.plot(count, heights, color=colour, alpha=0.3, linewidth=1)
         axes.plot(count[:kept], heights[:kept], color=colour, linewidth=1.3)
         axes.plot(kept, heights[kept - 1], "o", color=colour, markersize=4)
-    for kind, axes in panels.items():
+    for kind, axes in axes_of.items():
         axes.set_title(_broken(kind), fontsize="small")
         axes.set_yscale("log")
         axes.set_ylim(0.7 * max(lowest, FLOOR), 1.5)
         axes.set_xlim(0.5, max(1, *(len(row["sigma"]) for row in rows)) + 0.5)
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    for place, axes in enumerate(grid.flat):
-        axes.set_visible(place < len(kinds))
-        axes.tick_params(labelbottom=place + across >= len(kinds))
+    for index, axes in enumerate(grid.flat):
+        axes.set_visible(index < len(kinds))
+        axes.tick_params(labelbottom=index + across >= len(kinds))
     figure.supxlabel("index of the singular value", fontsize="medium")
     figure.supylabel("relative to the largest", fontsize="medium")
     figure.suptitle(f"singular values of the update\ndot: {judged}", fontsize="medium")
@@ -202,4 +161,4 @@ def _spectra(rows: list[dict[str, Any]], judged: str) -> Any:
 
 def _broken(kind: str) -> str:
     """A kind of module on lines that fit over a panel, its stack on the first."""
-    return "\n".join(line for part in kind.split(": ") for line in wrap(part, 38))
+    return "\n".join(line for name in kind.split(": ") for line in wrap(name, 38))

@@ -8,12 +8,14 @@ from io import BytesIO
 from typing import Any
 from xml.etree import ElementTree
 
-from geolora.report.blocks import Markup, clean, tag
+from markupsafe import Markup
+
+from geolora.report.clean import clean
 
 LARGEST = 400_000
 """Characters of an SVG; what is larger becomes a PNG."""
 SMALLEST = 0.62
-"""Part of its width to which a figure shrinks on a small screen before it scrolls."""
+"""Share of its width to which a figure shrinks on a small screen before it scrolls."""
 NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 
 
@@ -38,16 +40,18 @@ def inline(figure: Any, label: str) -> Markup:
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
         figure.savefig(file, format="svg", metadata=NO_METADATA)
     drawn = file.getvalue().decode("utf-8")
+    label = clean(label)
     width = 96 * figure.get_figwidth()
     smallest = f"min-width:{SMALLEST * width:.0f}px"
     if len(drawn) > LARGEST:
         file = BytesIO()
         figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
         source = "data:image/png;base64," + b64encode(file.getvalue()).decode("ascii")
-        return tag(
-            "figure", tag("img", src=source, alt=label, width=f"{width:.0f}", style=smallest)
-        )
-    return tag("figure", _for_html(drawn, {"aria-label": clean(label), "style": smallest}))
+        picture = Markup('<img src="{}" alt="{}" width="{:.0f}" style="{}">')
+        shown = picture.format(source, label, width, smallest)
+    else:
+        shown = _for_html(drawn, {"aria-label": label, "style": smallest})
+    return Markup("<figure>{}</figure>").format(shown)
 
 
 def _for_html(drawn: str, given: dict[str, str]) -> Markup:

@@ -5,18 +5,18 @@ from collections.abc import Iterable
 from typing import Any
 
 
-def places(layers: Iterable[str]) -> dict[str, tuple[str, str]]:
+def kinds_and_depths(layers: Iterable[str]) -> dict[str, tuple[str, str]]:
     """{layer: (kind, depth)}.
 
     The depth of a layer is the first number in its name, its kind what stands behind it; a layer
     without a number has depth "-". Several stacks (encoder, decoder) are kept apart.
     """
     layers = list(layers)
-    stacks = {found[1] for name in layers if (found := re.match(r"(.*?)\.?(\d+)\.", name))}
+    stacks = {match[1] for name in layers if (match := re.match(r"(.*?)\.?(\d+)\.", name))}
     result = {}
     for name in layers:
-        found = re.match(r"(.*?)\.?(\d+)\.(.+)$", name)
-        stack, depth, kind = found.groups() if found else ("", "-", name)
+        match = re.match(r"(.*?)\.?(\d+)\.(.+)$", name)
+        stack, depth, kind = match.groups() if match else ("", "-", name)
         if len(stacks) > 1 and stack:
             kind = f"{stack}: {kind}"
         result[name] = (kind, depth)
@@ -30,8 +30,8 @@ def depth_order(depths: Iterable[str]) -> list[str]:
 
 def rank_table(ranks: dict[str, int]) -> tuple[list[str], list[str], list[list[int | None]]]:
     """Ranks laid out as kinds of module (rows) by depth (columns); None where there is no layer."""
-    where = places(ranks)
-    cells = {where[name]: rank for name, rank in ranks.items()}
+    positions = kinds_and_depths(ranks)
+    cells = {positions[name]: rank for name, rank in ranks.items()}
     kinds = list(dict.fromkeys(kind for kind, _ in cells))
     depths = depth_order(depth for _, depth in cells)
     table: list[list[Any]] = [[cells.get((kind, depth)) for depth in depths] for kind in kinds]

@@ -1,63 +1,73 @@
-"""report.html of a comparison or a run: one file that needs no other, drawn from their JSON alone."""
+"""report.html of a comparison or a run: one file that needs no other, drawn from their JSON alone.
 
-from collections.abc import Callable, Iterable
+What it says stands in `templates/`, the words of its tables come from `view`, its figures from `panels`.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from geolora.files import read_json
-from geolora.report import panels
-from geolora.report.blocks import (
-    Markup,
-    legend,
-    number,
-    page,
-    section,
-    table,
-    tag,
-    without_folders,
-)
-from geolora.report.figures import can_draw, map_figure
+from geolora.report import panels, view
+from geolora.report.clean import clean, without_folders
+from geolora.report.figures import can_draw, ranks_figure
 from geolora.report.inline import inline, plain_names
 
 NAME = "report.html"
-NO_FIGURES = (
-    "Figures are missing: they need matplotlib. Run pip install 'geolora[plots]', then "
-    "geolora plot with this page's folder."
-)
 WIDE = 5.0
 """Inches from which on a figure scrolls and is not made to fit its column."""
-NOT_SETTINGS = ("data", "output", "overwrite")
-"""Entries of run.json that say nothing about the result."""
+
+
+class Row(NamedTuple):
+    """Figures side by side.
+
+    Attributes:
+        style: "figures" where each fills a column, "row" where each keeps its width.
+        name: the heading above them, or "".
+    """
+
+    figures: list[Markup]
+    style: str = "figures"
+    name: str = ""
+
+
+class Section(NamedTuple):
+    """Figures under a title.
+
+    Attributes:
+        legend: {name: colour}, or None where there is none.
+        note: what stands below, or "".
+    """
+
+    title: str
+    rows: list[Row]
+    legend: dict[str, str] | None = None
+    note: str = ""
 
 
 def write_comparison(folder: str | Path) -> Path:
     """Write the page of the comparison in a folder, from its comparison.json."""
     folder = Path(folder)
     summary = read_json(folder / "comparison.json")
-    methods = list(dict.fromkeys(row["method"] for row in summary["rows"]))
-    tasks = panels.tasks(summary)
-    title = f"{_count(methods, 'method')} on {_count(tasks, 'task')}, compared by geolora"
-    content = [_what(summary, tasks, methods), section("Results", *_results(summary))]
-    if can_draw():
-        with plain_names():
-            content += _figures(summary)
-    else:
-        content.append(tag("p", NO_FIGURES, class_="note"))
-    if failures := summary.get("failures"):
-        rows = [[f["task"], f["method"], _lr(f["lr"]), str(f["seed"]), f["text"]] for f in failures]
-        head = ["task", "method", "learning rate", "seed", "why"]
-        content.append(section("Runs that diverged", table(head, [rows], class_="words")))
-    scopes = [
-        (
-            ", ".join(name for name in (scope["task"], scope["method"]) if name is not None)
-            or "all runs",
-            scope["values"],
-        )
-        for scope in summary.get("settings", ())
-    ]
-    content.append(_settings(scopes))
-    content.append(_versions(summary.get("versions", {})))
-    return _write(folder, page(title, *content))
+    methods, tasks = view.method_names(summary), view.task_names(summary)
+    return _write(
+        folder,
+        "comparison.html",
+        title=f"{view.counted(methods, 'method')} on {view.counted(tasks, 'task')}, compared by geolora",
+        methods=methods,
+        metrics={task: view.metric_name(summary, task) for task in tasks},
+        seeds=summary.get("seeds"),
+        held_back=summary.get("choose_on"),
+        results=view.results_for_a_page(summary),
+        sections=_comparison_figures(summary) if can_draw() else None,
+        failures=view.failures(summary),
+        settings=view.settings_by_scope(summary),
+        versions=view.versions(summary.get("versions", {})),
+    )
 
 
 def write_run(folder: str | Path, lower_is_better: bool = False) -> Path:
@@ -70,259 +80,125 @@ def write_run(folder: str | Path, lower_is_better: bool = False) -> Path:
     report = read_json(folder / "report.json")
     history = read_json(folder / "history.json") if (folder / "history.json").exists() else []
     settings = read_json(folder / "run.json") if (folder / "run.json").exists() else {}
-    metric = report["metric"] + " (lower is better)" * lower_is_better
-    title = f"{report['method']} on {report['task']}: {report['metric']} {report['value']:.4f}"
-    ranks = list(report["ranks"].values())
-    facts = [
-        (metric, f"{report['value']:.4f}"),
-        ("training loss, mean of the last tenth", f"{report['train_loss']:.4f}"),
-        ("adapter parameters", f"{report['adapter_parameters']:,}"),
-        ("numbers in the adapter file", f"{report['exported_parameters']:,}"),
-        ("trainable parameters", f"{report['trainable_parameters']:,}"),
-        ("ranks", f"{min(ranks)} to {max(ranks)} in {_count(ranks, 'layer')}"),
-        ("steps", f"{report['steps']:,}"),
-        ("seconds per step", f"{report['seconds_per_step']:.3f}"),
-        ("seconds in all", f"{report['seconds']:,.0f}"),
-        ("peak memory", f"{report['peak_memory_bytes'] / 1e6:,.0f} MB"),
-        ("seed", str(report["seed"])),
-    ]
-    rows = [[tag("th", name, scope="row"), number(value)] for name, value in facts]
-    content = [tag("p", "One training run of geolora."), section("Result", table([], [rows]))]
-    if can_draw():
-        with plain_names():
-            content.append(section("Training loss", *_history(history)))
-            drawn = map_figure(report["ranks"], max([1, *ranks]))
-            content.append(
-                section("Ranks of the layers", inline(drawn, "rank of every layer by depth"))
-            )
-    else:
-        content.append(tag("p", NO_FIGURES, class_="note"))
-    given = {k: v for k, v in settings.items() if k not in NOT_SETTINGS and v is not None}
-    if given:
-        shown = [[tag("td", tag("code", key)), _setting(value)] for key, value in given.items()]
-        content.append(section("Settings", table(["setting", "value"], [shown])))
-    content.append(_versions({k: [v] for k, v in report["versions"].items()}))
-    content.append(section("Command", tag("pre", without_folders(report["command"]))))
-    return _write(folder, page(title, *content))
-
-
-# ---- a comparison -------------------------------------------------------------------------------
-
-
-def _what(summary: dict[str, Any], tasks: list[str], methods: list[str]) -> Markup:
-    """What was compared, and how the step sizes were chosen."""
-    measured = "; ".join(f"{task}, {panels.metric(summary, task)}" for task in tasks)
-    lines = [f"Methods: {', '.join(methods)}.", f"Tasks and their scores: {measured}."]
-    if "seeds" in summary:
-        lines.append(f"Seeds: {', '.join(map(str, summary['seeds']))}.")
-    share = summary.get("choose_on")
-    rows = f"{100 * share:g} % of the training rows" if share else "training rows"
-    lines.append(
-        f"Where a method was given several learning rates, the one with the best mean score on {rows}, "
-        "held back from training, was taken; never on the rows that are scored."
+    return _write(
+        folder,
+        "run.html",
+        title=f"{report['method']} on {report['task']}: {report['metric']} {report['value']:.4f}",
+        facts=view.run_facts(report, lower_is_better),
+        sections=_run_figures(report, history) if can_draw() else None,
+        settings=view.run_settings(settings),
+        versions=view.versions({name: [used] for name, used in report["versions"].items()}),
+        command=without_folders(report["command"]),
     )
-    return Markup("\n".join(tag("p", line) for line in lines))
 
 
-def _results(summary: dict[str, Any]) -> list[Markup]:
-    against = summary["against"]
-    head: list[Any] = [
-        tag("th", name, class_="number") if wide else tag("th", name)
-        for name, wide in (
-            ("task", False),
-            ("method", False),
-            ("learning rate", True),
-            ("score ± spread", True),
-            ("runs", True),
-            (f"difference to {against} [95\u00a0%]", True),
-            ("parameters", True),
-            ("in the file", True),
-            ("s/step", True),
-            ("peak MB", True),
-        )
-    ]
-    bodies = [
-        _group(
-            task, panels.metric(summary, task), [r for r in summary["rows"] if r["task"] == task]
-        )
-        for task in panels.tasks(summary)
-    ]
-    if summary.get("means"):
-        kinds = dict.fromkeys(panels.metric(summary, task) for task in summary["metrics"])
-        bodies.append(_group("mean over tasks", ", ".join(kinds), summary["means"]))
-    note = (
-        "Score: mean and spread (standard deviation) over the runs, one run a seed. Difference: its "
-        "mean and the interval of a paired bootstrap over evaluation rows and seeds. Parameters: of "
-        "the adapter, settled; the file may hold more numbers."
-    )
-    return [table(head, bodies), tag("p", note, class_="note")]
+# ---- the figures of a comparison ----------------------------------------------------------------
 
 
-def _group(name: str, metric: str, rows: list[dict[str, Any]]) -> list[list[Any]]:
-    """Rows of the table under one name, which stands before the first."""
-    label = Markup(f"{tag('b', name)}<br>{tag('span', metric, class_='note')}")
-    first = tag("th", label, rowspan=str(len(rows)), scope="rowgroup")
-    return [[*([first] if i == 0 else []), *_cells(row)] for i, row in enumerate(rows)]
-
-
-def _cells(row: dict[str, Any]) -> list[Markup]:
-    value, spread, gap = row["value"], row.get("spread"), row.get("difference")
-    score = "none" if value is None else f"{value:.4f}"
-    runs: Any = str(row["seeds"]) if "seeds" in row else ""
-    if lost := row.get("diverged"):
-        runs = Markup(f"{tag('span', f'{lost} of {runs} diverged', class_='bad')}")
-    memory = row.get("peak_memory_bytes")
-    return [
-        tag("td", row["method"], class_="name"),
-        number(_lr(row["lr"]) if "lr" in row else ""),
-        number(score + (f" ± {spread:.4f}" if spread is not None else "")),
-        number(runs),
-        number(f"{gap['mean']:+.4f} [{gap['low']:+.4f}, {gap['high']:+.4f}]" if gap else ""),
-        number(f"{row['adapter_parameters']:,}" if "adapter_parameters" in row else ""),
-        number(f"{row['exported_parameters']:,}" if "exported_parameters" in row else ""),
-        number(f"{row['seconds_per_step']:.3f}" if memory else ""),
-        number(f"{memory / 1e6:,.0f}" if memory else ""),
-    ]
-
-
-def _figures(summary: dict[str, Any]) -> list[Markup]:
-    found = [_per_task(summary, "Score against parameters", panels.against_parameters)]
-    if any(row["lr"] is not None for row in summary["learning_rates"]):
-        untried = {r["method"]: None for r in summary["learning_rates"] if r["lr"] is None}
-        note = f"At the default learning rate, and so not shown: {', '.join(untried)}."
-        notes = [tag("p", note, class_="note")] if untried else []
-        title = "Robustness to the learning rate"
-        found.append(_per_task(summary, title, panels.learning_rates, *notes))
-    if maps := summary.get("budgets"):
-        drawn = []
-        for index, one in enumerate(maps, 1):
-            figure = _empty(*panels.budget_size(one), bar=1.3)
-            axes = figure.subplots()
-            axes.set_title(f"{one['task']}: {one['method']}", fontsize="medium")
-            cells = panels.budget_map(axes, summary, one)
-            if cells is not None:
-                figure.colorbar(cells, label=panels.metric(summary, one["task"]))
-            label = f"budget and learning rate {index}, {one['task']}: {one['method']}"
-            drawn.append(inline(figure, label))
-        note = "Colour: score. Hatched: a run diverged. White: not run."
-        found.append(
-            section(
-                "Budget and learning rate",
-                tag("div", *drawn, class_="row"),
-                tag("p", note, class_="note"),
+def _comparison_figures(summary: dict[str, Any]) -> list[Section]:
+    with plain_names():
+        sections = [_task_by_task(summary, "Score against parameters", panels.against_parameters)]
+        if any(row["lr"] is not None for row in summary["learning_rates"]):
+            robust = _task_by_task(
+                summary, "Robustness to the learning rate", panels.learning_rates
             )
-        )
-    found.append(_per_task(summary, "Training loss", panels.loss_curves))
-    found.append(section("Ranks of the layers", *_maps(summary)))
-    return found
+            if untried := {r["method"]: None for r in summary["learning_rates"] if r["lr"] is None}:
+                note = f"At the default learning rate, and so not shown: {', '.join(untried)}."
+                robust = robust._replace(note=note)
+            sections.append(robust)
+        if summary.get("budgets"):
+            note = "Colour: score. Hatched: a run diverged. White: not run."
+            row = Row(list(_budget_maps(summary)), "row")
+            sections.append(Section("Budget and learning rate", [row], note=note))
+        sections.append(_task_by_task(summary, "Training loss", panels.loss_curves))
+        if summary["maps"]:
+            sections.append(Section("Ranks of the layers", list(_rank_maps(summary))))
+    return sections
 
 
-def _per_task(
-    summary: dict[str, Any],
-    title: str,
-    draw: Callable[[Any, dict[str, Any], str], None],
-    *notes: Markup,
-) -> Markup:
+def _task_by_task(
+    summary: dict[str, Any], title: str, draw: Callable[[Any, dict[str, Any], str], None]
+) -> Section:
     """A figure per task, which flow side by side, under one legend."""
-    drawn, entries = [], {}
-    for task in panels.tasks(summary):
-        figure = _empty(4.4, 3.4)
-        axes = figure.subplots()
-        axes.set_title(task, fontsize="medium")
-        axes.grid(alpha=0.25)
+    figures, legend = [], {}
+    for task in view.task_names(summary):
+        figure, axes = _empty(4.4, 3.4)
         draw(axes, summary, task)
-        drawn.append(inline(figure, f"{title}, {task}"))
-        entries |= _colors(axes)
-    return section(title, legend(entries), tag("div", *drawn, class_="figures"), *notes)
+        figures.append(inline(figure, f"{title}, {task}"))
+        legend |= panels.label_colors(axes)
+    return Section(title, [Row(figures)], legend)
 
 
-def _maps(summary: dict[str, Any]) -> Iterable[Markup]:
-    """The rank maps, a line of them per task, with one scale of colours."""
+def _budget_maps(summary: dict[str, Any]) -> Iterator[Markup]:
+    """A figure per map of budget and step size."""
+    for index, entry in enumerate(summary["budgets"], 1):
+        width, height = panels.budget_size(entry)
+        figure, axes = _empty(width + 1.3, height)
+        panels.budget_map(axes, summary, entry)
+        label = f"budget and learning rate {index}, {entry['task']}: {entry['method']}"
+        yield inline(figure, label)
+
+
+def _rank_maps(summary: dict[str, Any]) -> Iterator[Row]:
+    """The rank maps, a row of them per task, with one scale of colours."""
     maps = summary["maps"]
     top = max([1, *(rank for entry in maps for rank in entry["ranks"].values())])
     for task in dict.fromkeys(entry["task"] for entry in maps):
-        drawn, width = [], 0.0
+        figures, width = [], 0.0
         for entry in (entry for entry in maps if entry["task"] == task):
-            figure = map_figure(entry["ranks"], top, small=True)
-            figure.axes[0].set_title(entry["method"], fontsize="medium")
-            drawn.append(inline(figure, f"ranks, {task}: {entry['method']}"))
+            figure = ranks_figure(entry["ranks"], top, entry["method"], small=True)
+            figures.append(inline(figure, f"ranks, {task}: {entry['method']}"))
             width = max(width, figure.get_figwidth())
-        yield tag("h3", task)
-        yield tag("div", *drawn, class_="figures" if width < WIDE else "row")
+        yield Row(figures, "figures" if width < WIDE else "row", task)
 
 
-# ---- parts of both ------------------------------------------------------------------------------
+# ---- the figures of a run -----------------------------------------------------------------------
 
 
-def _history(history: list[dict[str, Any]]) -> list[Markup]:
-    """The training loss of a run over its steps."""
-    if not history:
-        return []
-    figure = _empty(5.6, 3.4)
-    axes = figure.subplots()
-    axes.grid(alpha=0.25)
-    axes.plot([entry["step"] for entry in history], [entry["loss"] for entry in history])
-    axes.set_xlabel("step")
-    axes.set_ylabel("training loss")
-    return [inline(figure, "training loss over the steps")]
+def _run_figures(report: dict[str, Any], history: list[dict[str, Any]]) -> list[Section]:
+    sections = []
+    with plain_names():
+        if history:
+            figure, axes = _empty(5.6, 3.4)
+            panels.run_loss(axes, history)
+            loss = inline(figure, "training loss over the steps")
+            sections.append(Section("Training loss", [Row([loss], "")]))
+        figure = ranks_figure(report["ranks"], max([1, *report["ranks"].values()]))
+        ranks = inline(figure, "rank of every layer by depth")
+        sections.append(Section("Ranks of the layers", [Row([ranks], "")]))
+    return sections
 
 
-def _empty(width: float, height: float, bar: float = 0.0) -> Any:
-    """A figure without axes, of a size in inches; `bar`: what a scale of colours takes."""
+def _empty(width: float, height: float) -> tuple[Any, Any]:
+    """A figure of a size in inches, and its axes."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width + bar, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
 
 
-def _colors(axes: Any) -> dict[str, str]:
-    """{label: colour} of what is drawn."""
-    from matplotlib.colors import to_hex
-
-    found = {}
-    for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-        line = handle if hasattr(handle, "get_color") else handle.lines[0]
-        found[label] = to_hex(line.get_color())
-    return found
+# ---- the file -----------------------------------------------------------------------------------
 
 
-def _settings(scopes: list[tuple[str, dict[str, Any]]]) -> Markup:
-    """Settings of a comparison by what they are of."""
-    bodies = []
-    for name, values in scopes:
-        first = tag("th", name, rowspan=str(len(values)), scope="rowgroup")
-        bodies.append(
-            [
-                [*([first] if i == 0 else []), tag("td", tag("code", key)), _setting(value)]
-                for i, (key, value) in enumerate(values.items())
-            ]
-        )
-    head = ["of", "setting", "value"]
-    return section("Settings", table(head, bodies)) if bodies else Markup()
+@cache
+def _templates() -> Environment:
+    """The templates: what they show is cleaned and escaped, and what they lack is an error."""
+    environment = Environment(
+        loader=PackageLoader("geolora.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        finalize=lambda value: value if isinstance(value, Markup) else clean(str(value)),
+    )
+    environment.tests["bad"] = lambda cell: isinstance(cell, view.Bad)
+    return environment
 
 
-def _setting(value: Any) -> str:
-    if isinstance(value, list):
-        return ", ".join(_lr(entry) for entry in value)
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return without_folders(f"{value:g}" if isinstance(value, float) else str(value))
-
-
-def _versions(versions: dict[str, list[str]]) -> Markup:
-    rows = [[name, ", ".join(found)] for name, found in versions.items()]
-    return section("Versions", table(["package", "version"], [rows])) if rows else Markup()
-
-
-def _lr(value: Any) -> str:
-    return "default" if value is None else f"{value:g}"
-
-
-def _count(things: list[Any], name: str) -> str:
-    return f"{len(things)} {name}{'s' * (len(things) != 1)}"
-
-
-def _write(folder: Path, text: str) -> Path:
+def _write(folder: Path, template: str, **shown: Any) -> Path:
     """Write the page so that a reader sees the whole file or none."""
+    text = _templates().get_template(template).render(shown)
     path = folder / NAME
     partial = path.with_name(f"{NAME}.partial")
     partial.write_text(text, encoding="utf-8", newline="\n")

@@ -1,9 +1,10 @@
-"""An inspected adapter as text: a rank map, and a row with a small spectrum for every layer."""
+"""Tables as text, and an inspected adapter: a rank map, and a row with a small spectrum for every layer."""
 
 import math
 from typing import Any
 
 from geolora.report.layout import rank_table
+from geolora.report.view import Column, Group, Table
 
 WIDEST = 120
 """Characters of a line of the rank map; deeper models go on below."""
@@ -11,6 +12,20 @@ WIDEST = 120
 BLOCKS = "▁▂▃▄▅▆▇█"
 MOST = 32
 """Singular values in a small spectrum; an ellipsis stands for the rest."""
+
+
+def as_text(table: Table) -> list[str]:
+    """The lines of a table; numbers are aligned to the right. Names of groups are left out."""
+    lines = [[column.title for column in table.columns], *table.rows]
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    numbers = [column.style == "number" for column in table.columns]
+    return [
+        "  ".join(
+            cell.rjust(width) if number else cell.ljust(width)
+            for cell, width, number in zip(line, widths, numbers, strict=True)
+        ).rstrip()
+        for line in lines
+    ]
 
 
 def rank_map(ranks: dict[str, int], title: str) -> str:
@@ -21,10 +36,10 @@ def rank_map(ranks: dict[str, int], title: str) -> str:
     room = max(1, (WIDEST - name - 2) // cell)
     lines = [title]
     for start in range(0, len(depths), room):
-        part = slice(start, start + room)
-        lines.append(f"  {'':{name}}" + "".join(f"{depth:>{cell}}" for depth in depths[part]))
+        shown = slice(start, start + room)
+        lines.append(f"  {'':{name}}" + "".join(f"{depth:>{cell}}" for depth in depths[shown]))
         for kind, row in zip(kinds, table, strict=True):
-            entries = ("" if rank is None else rank for rank in row[part])
+            entries = ("" if rank is None else rank for rank in row[shown])
             lines.append(f"  {kind:{name}}" + "".join(f"{entry:>{cell}}" for entry in entries))
     return "\n".join(line.rstrip() for line in lines)
 
@@ -37,8 +52,17 @@ def layer_rows(rows: list[dict[str, Any]], judged: str, spectra: bool = True) ->
         judged: heading of the needed rank.
         spectra: whether small spectra of block characters are shown.
     """
-    table = [
-        (
+    columns = [
+        Column("layer"),
+        Column("shape", "number"),
+        Column("rank", "number"),
+        Column(judged, "number"),
+        Column("dropped", "number"),
+        Column("leading singular values"),
+        Column("spectrum" if spectra else ""),
+    ]
+    cells = [
+        [
             row["layer"],
             f"{row['d_out']} x {row['d_in']}",
             str(row["rank"]),
@@ -46,17 +70,10 @@ def layer_rows(rows: list[dict[str, Any]], judged: str, spectra: bool = True) ->
             f"{row['share_dropped']:.3f}",
             " ".join(f"{value:.3g}" for value in row["sigma"][:4]) or "-",
             spectrum(row["sigma"], row["settled_rank"]) if spectra else "",
-        )
+        ]
         for row in rows
     ]
-    last = "spectrum" if spectra else ""
-    head = ("layer", "shape", "rank", judged, "dropped", "leading singular values", last)
-    widths = [max(len(line[column]) for line in (head, *table)) for column in range(len(head))]
-    signs = "<>>>><<"
-    lines = [
-        "  ".join(f"{word:{s}{w}}" for word, s, w in zip(line, signs, widths, strict=True)).rstrip()
-        for line in (head, *table)
-    ]
+    lines = as_text(Table(columns, [Group(cells)]))
     if spectra:
         lines.append("spectrum: one step down is a factor of 2, | is the cut")
     return "\n".join(lines)
