@@ -19,7 +19,7 @@ VERSIONS = {"geolora": "0.1.0", "torch": "2.6"}
 def results(tasks: dict[str, str]) -> list[tuple[Cell, dict[str, Any]]]:
     """Runs of {task: metric}: NASTY at its default step size, and two budgets at three; at the largest
     step size the large budget diverges, and the small one at seed 1."""
-    found = []
+    runs = []
     for task, metric in tasks.items():
         for method, lrs in (
             (NASTY, [None]),
@@ -36,7 +36,7 @@ def results(tasks: dict[str, str]) -> list[tuple[Cell, dict[str, Any]]]:
                     )  # fmt: skip
                     cell = Cell(task, method, lr, seed, config)
                     if lr == 1e-1 and (method == "large" or seed == 1):
-                        found.append((cell, {"failure": f"diverged: {NASTY}"}))
+                        runs.append((cell, {"failure": f"diverged: {NASTY}"}))
                         continue
                     hits = [1] * (6 - seed) + [0] * (2 + seed)
                     report = {
@@ -46,7 +46,7 @@ def results(tasks: dict[str, str]) -> list[tuple[Cell, dict[str, Any]]]:
                         "ranks": {f"layer.{i}.query": i for i in range(4)}, "versions": VERSIONS,
                     }  # fmt: skip
                     history = [{"step": i, "loss": 1 / i} for i in range(1, 9)]
-                    found.append(
+                    runs.append(
                         (
                             cell,
                             {
@@ -56,7 +56,7 @@ def results(tasks: dict[str, str]) -> list[tuple[Cell, dict[str, Any]]]:
                             },
                         )
                     )  # fmt: skip
-    return found
+    return runs
 
 
 def comparison(folder: Path, tasks: dict[str, str] | None = None) -> dict[str, Any]:
