@@ -52,7 +52,7 @@ def load_adapter(path: str | Path, base: str | Path | None = None) -> Any:
 
 
 def over_base(base: nn.Module, saved: SavedAdapter) -> Any:
-    """PeftModel of a base and a saved adapter; every tensor of the file must find its place."""
+    """PeftModel of a base and a saved adapter; model and file must have the same tensors of it."""
     from peft import PeftModel, get_peft_model_state_dict
 
     name = type(base).__name__
@@ -60,13 +60,13 @@ def over_base(base: nn.Module, saved: SavedAdapter) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # missing keys: told below, by name
             loaded = PeftModel.from_pretrained(base, str(saved.folder))
-            held = get_peft_model_state_dict(loaded)
+            expected = get_peft_model_state_dict(loaded)
     except FAILURES as error:
         raise AdapterError(
             f"{saved.folder} does not fit {name}: {first_line(error)}. Give the model the adapter "
             "was trained on as `base`."
         ) from error
-    wrong = sorted(set(held) ^ set(saved.tensors))
+    wrong = sorted(set(expected) ^ set(saved.tensors))
     if wrong:
         where = "the adapter" if wrong[0] in saved.tensors else "the model"
         raise AdapterError(
@@ -87,8 +87,6 @@ def load_base(saved: SavedAdapter, base: str | Path | None = None) -> nn.Module:
     Raises:
         AdapterError: there is no such model, or it cannot be loaded.
     """
-    import transformers
-
     name = _base_name(saved, base)
     options: dict[str, Any] = {}
     task = saved.config.get("task_type")
@@ -100,21 +98,28 @@ def load_base(saved: SavedAdapter, base: str | Path | None = None) -> nn.Module:
             and re.search(r"(^|\.)(classifier|score)(\.out_proj)?\.weight$", key)
         ]
         options = {"num_labels": heads[-1]} if heads else {}
-    kinds = {"SEQ_CLS": "AutoModelForSequenceClassification", "CAUSAL_LM": "AutoModelForCausalLM"}
     try:
-        with quietly():  # the head comes with the adapter
-            if task in kinds:
-                auto = getattr(transformers, kinds[task])
-            else:  # the class the base was saved as
-                config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-                auto = getattr(transformers, (config.architectures or ["AutoModel"])[0], None)
-                if not (isinstance(auto, type) and issubclass(auto, transformers.PreTrainedModel)):
-                    auto = transformers.AutoModel
+        with quietly():  # a new head is no news: the trained one comes with the adapter
+            auto = _class_of(name, task)
             return auto.from_pretrained(name, trust_remote_code=False, **options)
     except FAILURES as error:
         raise AdapterError(
             f"base model `{name}` cannot be loaded: {first_line(error)}. Say another one with `base`."
         ) from error
+
+
+def _class_of(name: str, task: object) -> Any:
+    """The class to load a base model as: the auto class of PEFT's task type, else the class it was saved as."""
+    import transformers
+
+    if task == "SEQ_CLS":
+        return transformers.AutoModelForSequenceClassification
+    if task == "CAUSAL_LM":
+        return transformers.AutoModelForCausalLM
+    config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+    saved_as = getattr(transformers, (config.architectures or ["AutoModel"])[0], None)
+    is_model = isinstance(saved_as, type) and issubclass(saved_as, transformers.PreTrainedModel)
+    return saved_as if is_model else transformers.AutoModel
 
 
 def _base_name(saved: SavedAdapter, given: str | Path | None) -> str:

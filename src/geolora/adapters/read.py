@@ -83,7 +83,7 @@ class SavedPair:
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """A folder that has been read and found right.
+    """An adapter folder that has been read and checked.
 
     Attributes:
         folder: where it is.
@@ -290,10 +290,10 @@ def _read_pairs(
     sides: dict[str, dict[str, Tensor]] = {}
     embeddings = []
     for key, tensor in tensors.items():
-        if found := re.fullmatch(r"(.+)\.lora_([AB])\.weight", key):
-            sides.setdefault(found[1].removeprefix(PREFIX), {})[found[2]] = tensor
-        elif found := re.fullmatch(r"(.+)\.lora_embedding_[AB]", key):
-            embeddings.append(found[1].removeprefix(PREFIX))
+        if match := re.fullmatch(r"(.+)\.lora_([AB])\.weight", key):
+            sides.setdefault(match[1].removeprefix(PREFIX), {})[match[2]] = tensor
+        elif match := re.fullmatch(r"(.+)\.lora_embedding_[AB]", key):
+            embeddings.append(match[1].removeprefix(PREFIX))
         elif re.search(r"(^|\.)lora_", key) and not key.endswith(".lora_B.bias"):
             raise AdapterError(
                 f"{file}: {shown(key)} is no tensor of a PEFT LoRA file, which has "
@@ -314,7 +314,7 @@ def _read_pairs(
 
 def _in_order(name: str) -> list[str | int]:
     """Sorts layer 2 before layer 10."""
-    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))]
+    return [int(text) if i % 2 else text for i, text in enumerate(re.split(r"(\d+)", name))]
 
 
 def _read_pair(file: Path, config: dict[str, Any], name: str, both: dict[str, Tensor]) -> SavedPair:

@@ -1,4 +1,4 @@
-"""A LoRA adapter cut to a budget by PEFT's own conversion, the rival of ranks that are found."""
+"""Cuts a LoRA adapter to a budget by PEFT's own conversion, to compare trained ranks with."""
 
 import warnings
 from typing import Any

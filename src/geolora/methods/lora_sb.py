@@ -6,7 +6,7 @@ What this file computes: W = U R V^T in an unmodified pair, A = V^T and B = U R 
 Symbols: U, V = leading singular vectors of G = dL/dW before training, never changed; R = the core.
 Differences from the authors' code: R starts from G itself, not from the sign of its sum, which would need
     the whole matrix; no layer is replaced; U and R are float32, whatever the factors are.
-Defaults: the size of the start, in geolora.starts.gradient_state.
+Defaults: the length of the start is LoRA-One's, from geolora.starts.step_length.
 """
 
 from torch import Tensor

@@ -1,6 +1,6 @@
-"""The value handed between stages: a low-rank matrix in slots, and its form as a LoRA pair.
+"""A LoRA pair as a point: a low-rank matrix U diag(sigma) V^T in slots, read from a pair and written as one.
 
-W = scale * B @ A, A (r, d_in), B (d_out, r), is kept as U diag(sigma) V^T. Written balanced,
+W = scale * B @ A, A (r, d_in), B (d_out, r), is kept as U, sigma and V. Written balanced,
 
     B = U sqrt(sigma / scale),    A = sqrt(sigma / scale) V^T,
 
@@ -9,8 +9,8 @@ one division by a number per slot gives K = G V and L = G^T U, and no S^-1 appea
 
 A slot is one of
     active    both sides non-zero;
-    trial     active and not yet judged: A is doubled and B halved, which changes nothing in W and
-              lets the pair itself say which directions have not earned their place;
+    trial     active and not yet judged: A's row is doubled and B's column halved, which leaves W as it is
+              and marks the slot in the pair itself, wherever that is saved;
     probe     A is a unit vector orthogonal to V, B is zero: W does not see it, grad_B does;
     idle      both sides zero: its gradient is exactly zero.
 """
@@ -25,7 +25,7 @@ TRIAL = 2.0
 
 
 class Reading(NamedTuple):
-    """A LoRA pair read as a point, with the maps that turn its gradients into K and L.
+    """A LoRA pair read as a point, with the matrices that turn its gradients into K and L.
 
     K = grad_B @ right and L = grad_A^T @ left; right and left are (*batch, r, r).
     """
@@ -71,7 +71,7 @@ def slot_lengths(sigma: Tensor, scale: Tensor, settled: Tensor) -> tuple[Tensor,
 
 
 def read_pair(A: Tensor, B: Tensor, scale: float, start_rank: int | None = None) -> Reading:
-    """Read any LoRA pair, in whatever gauge, as a point; computed in float64.
+    """Read any LoRA pair as a point, however W's lengths are shared out between A and B; in float64.
 
     Every direction of the row space of A that does not carry weight becomes a probe, so the stock
     start (B = 0) is all probes. Likewise from the left where A = 0 and B is not.

@@ -35,7 +35,7 @@ class GradientStart:
 
     Attributes:
         norm: ||W||_2 of every layer it started, in units of W.
-        missing: {layer: estimated share, of the energy of the gradient's best rank-r part, not seen}.
+        missing: {layer: estimated share of the energy of the gradient's best rank-r part that was not seen}.
         untouched: layers the loss does not depend on; they keep the start they had.
         loss_before, loss_after: means over the batches, where the norm was searched for.
     """
@@ -53,7 +53,7 @@ class Gradients:
 
     Attributes:
         triplets: {layer: leading singular triplets of +G, as many as the pair has slots}.
-        missing: {layer: estimated share, of the energy of the gradient's best rank-r part, not seen}.
+        missing: {layer: estimated share of the energy of the gradient's best rank-r part that was not seen}.
     """
 
     triplets: dict[str, Triplets]

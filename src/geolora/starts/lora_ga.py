@@ -36,8 +36,8 @@ def initialize_lora_ga(
     Half of the slots of every pair are trained; the other half holds what takes their start away, so that the
     function is unchanged, and is kept as it is: their gradients are made zero. The adapter is saved
     and loaded like any other. For optimizers that leave alone what has no gradient, slot by slot: AdamW or
-    SGD without weight decay; not `GeoLoRA`, `RiemannianAdamW` or `LoRAPro`. What keeps the gradients zero are
-    hooks, which a copy, a pickle, a checkpoint or FSDP do not take along: call `keep_second_half(model)` there.
+    SGD without weight decay; not `GeoLoRA`, `RiemannianAdamW` or `LoRAPro`. Hooks keep the gradients zero; a
+    copy, a pickle, a checkpoint or FSDP do not take them along: call `keep_second_half(model)` there.
 
     Args:
         model: a PeftModel with LoRA pairs of even rank 2h, to train with rank h, whose B is zero.

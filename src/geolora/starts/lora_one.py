@@ -78,12 +78,12 @@ def initialize_lora_one(
     gradients = source.gradients(pairs)
     ranks = _start_ranks(pairs, gradients.triplets, budget)
 
-    def write(norm: float) -> None:
+    def write_at(norm: float) -> None:
         for pair, rank in zip(pairs, ranks, strict=True):
             if pair.name not in gradients.untouched:
                 _write_pair(pair, gradients.triplets[pair.name], norm, rank)
 
-    length = write_start(model, pairs, source.batches, loss_fn, norm, write)
+    length = write_start(model, pairs, source.batches, loss_fn, norm, write_at)
     return GradientStart(length.norm, gradients.missing, gradients.untouched, *length.losses)
 
 

@@ -47,11 +47,11 @@ def initialize_lora_sb(
     pairs = source.fresh_pairs()
     gradients = source.gradients(pairs)
 
-    def write(norm: float) -> None:
+    def write_at(norm: float) -> None:
         for pair in pairs:
             if pair.name not in gradients.untouched:
                 point = lora_one.start(*gradients.triplets[pair.name], norm)
                 pair.set_factors(*lora_sb.start(*point, pair.scale))
 
-    length = write_start(model, pairs, source.batches, loss_fn, norm, write)
+    length = write_start(model, pairs, source.batches, loss_fn, norm, write_at)
     return GradientStart(length.norm, gradients.missing, gradients.untouched, *length.losses)

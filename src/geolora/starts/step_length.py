@@ -37,14 +37,14 @@ def write_start(
     batches: Iterable[Any] | None,
     loss_fn: Loss | None,
     norm: float | None,
-    write: Callable[[float], None],
+    write_at: Callable[[float], None],
 ) -> StepLength:
     """Write a start with the norm that is given or, without one, with the best of a search; a failure is undone.
 
     Args:
         batches, loss_fn: what the search takes the loss of.
         norm: ||W||_2 of every layer, None to search.
-        write: writes the start of that norm into the pairs.
+        write_at: writes the start of a norm into the pairs.
 
     Raises:
         GradientError: no norm with a finite loss.
@@ -52,9 +52,9 @@ def write_start(
     kept = [(pair.A.detach().clone(), pair.B.detach().clone()) for pair in pairs]
     try:
         if norm is not None:
-            write(norm)
+            write_at(norm)
             return StepLength(norm, ())
-        return _search(model, () if batches is None else batches, loss_fn, write)
+        return _search(model, () if batches is None else batches, loss_fn, write_at)
     except BaseException:
         for pair, (A, B) in zip(pairs, kept, strict=True):
             pair.set_factors(A, B)
@@ -62,7 +62,10 @@ def write_start(
 
 
 def _search(
-    model: nn.Module, batches: Iterable[Any], loss_fn: Loss | None, write: Callable[[float], None]
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss_fn: Loss | None,
+    write_at: Callable[[float], None],
 ) -> StepLength:
     """Halve NORM until the loss is below that before the start and falls no more; write the norm of the lowest."""
     drawn: list[Any] = []
@@ -76,7 +79,7 @@ def _search(
     losses: dict[float, float] = {}
 
     def loss_at(norm: float) -> float:
-        write(norm)
+        write_at(norm)
         loss = mean_loss(model, drawn, loss_fn)
         losses[norm] = loss if math.isfinite(loss) else math.inf
         return losses[norm]
@@ -93,5 +96,5 @@ def _search(
             f"the loss of `batches` must be finite; it is {before} before the start and {losses[best]} after "
             "the shortest step. Look at the loss function, or at the model."
         )
-    write(best)
+    write_at(best)
     return StepLength(best, (before, losses[best]))
