@@ -1,12 +1,15 @@
-"""GeoLoRA as in the papers, plainly: dense matrices, one layer, float64. Imports torch only.
+"""Every method as in its paper, plainly: dense matrices, one layer after the other, float64. Imports torch only.
 
-W is kept as a full matrix beside orthonormal bases U (d_out, a) and V (d_in, b) of the directions it
-may be seen along; the tangent matrix M (gradient or momentum) is a full matrix too.
+GeoLoRA: W is kept as a full matrix beside orthonormal bases U (d_out, a) and V (d_in, b) of the directions it
+may be seen along; the tangent matrix M (gradient or momentum) is a full matrix too. The others are steps of
+`Pair`s, listed in STEPS at the end by the names of the table of methods.
 """
 
+import math
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -151,3 +154,155 @@ def trajectory(plain: Plain, gradient: Callable[[Tensor], Tensor], steps: int) -
     for _ in range(steps):
         plain.step(gradient(plain.W))
         yield plain
+
+
+# ---- all methods by their factors' gradients -------------------------------------------------------
+
+
+@dataclass
+class Pair:
+    """A LoRA pair W = s B A with its gradients, and what a method remembers of it."""
+
+    name: str
+    A: Tensor
+    B: Tensor
+    s: float
+    g_A: Tensor
+    g_B: Tensor
+    memory: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def G(self) -> Tensor:
+        """A matrix whose factor gradients are these: its tangent projection is that of the gradient."""
+        right = torch.linalg.lstsq(self.A, (self.g_B / self.s).mT).solution.mT
+        if not self.B.any():
+            return right
+        used = self.B.any(0)
+        U = basis_of(self.B)
+        left = torch.linalg.lstsq(self.B[:, used].mT, self.g_A[used] / self.s).solution
+        return U @ U.mT @ left + (right - U @ U.mT @ right)
+
+
+def adam(memory: dict[str, Any], key: str, g: Tensor, t: int, eps: float = 1e-8) -> Tensor:
+    """Adam's direction at step t = 1, 2, …, with betas 0.9 and 0.999."""
+    m, v = memory.get(key, (torch.zeros_like(g), torch.zeros_like(g)))
+    m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+    memory[key] = m, v
+    return m / (1 - 0.9**t) / ((v / (1 - 0.999**t)).sqrt() + eps)
+
+
+def lora(pairs: list[Pair], t: int, lr: float) -> None:
+    """AdamW on the factors."""
+    for pair in pairs:
+        pair.A = pair.A - lr * adam(pair.memory, "A", pair.g_A, t)
+        pair.B = pair.B - lr * adam(pair.memory, "B", pair.g_B, t)
+
+
+def geolora(pairs: list[Pair], t: int, lr: float, moments: str = "adaptive") -> None:
+    """`Plain` layers, of one step together; the pair shows V, and U sigma where there is weight."""
+    layers = []
+    sizes = [(pair.A.shape[1] * pair.B.shape[0]) ** 0.5 for pair in pairs]
+    width = math.prod(sizes) ** (1 / len(sizes))
+    for pair in pairs:
+        if t == 1:
+            start = pair.A, pair.B, pair.s, pair.name, lr, moments
+            pair.memory["layer"] = Plain(*start, prune_every=12, start_rank=2, width=width)
+        layers.append(pair.memory["layer"])
+    if moments == "adaptive":
+        step_all(layers, [pair.G for pair in pairs])
+    for pair, layer in zip(pairs, layers, strict=True):
+        if moments != "adaptive":
+            layer.step(pair.G)
+        known, rank = (
+            layer.V.shape[1],
+            layer.U.shape[1],
+        )  # what is beyond the rank is looked along only
+        pair.A, pair.B = torch.zeros_like(pair.A), torch.zeros_like(pair.B)
+        pair.A[:known] = layer.V.mT
+        pair.B[:, :rank] = layer.W @ layer.V[:, :rank] / pair.s
+
+
+def riemannian(pairs: list[Pair], t: int, lr: float, damping: float = 1e-2) -> None:
+    """AdamW on gradients in the metric of the other factor."""
+    for pair in pairs:
+        one = damping * torch.eye(len(pair.A), dtype=pair.A.dtype)
+        on_A = torch.linalg.solve(pair.B.mT @ pair.B + one, pair.g_A)
+        on_B = torch.linalg.solve(pair.A @ pair.A.mT + one, pair.g_B.mT).mT
+        pair.A = pair.A - lr * adam(pair.memory, "A", on_A, t)
+        pair.B = pair.B - lr * adam(pair.memory, "B", on_B, t)
+
+
+def lora_pro(pairs: list[Pair], t: int, lr: float, moments: str = "tangent") -> None:
+    """Adam in W space, and the factors that do what it does, by least squares; without a ridge."""
+    first, second, eps = 0.9, 0.999, 1e-8
+    for pair in pairs:
+        A, B, G = pair.A, pair.B, pair.G
+        zeros = (0 * G, 0 * G, 0 * G[:, 0], 0 * G[0])
+        M, v, rows, columns = pair.memory.get("moments", zeros)
+        M = first * M + (1 - first) * G
+        v = second * v + (1 - second) * G**2
+        rows = second * rows + (1 - second) * (G**2).mean(1)
+        columns = second * columns + (1 - second) * (G**2).mean(0)
+        if moments == "full":
+            N = M / (1 - first**t) / ((v / (1 - second**t)).sqrt() + eps)
+        else:
+            outer = rows.unsqueeze(1) * columns / rows.mean() / (1 - second**t)
+            N = M / (1 - first**t) / outer.sqrt()
+        g_A, g_B = nearest_factors(A, B, B.mT @ N, N @ A.mT, pair.s)
+        pair.A, pair.B = A - lr * g_A, B - lr * g_B
+        if moments == "tangent":
+            M = projection(M, basis_of(pair.B), basis_of(pair.A.mT))
+        pair.memory["moments"] = (M, v, rows, columns)
+
+
+def nearest_factors(
+    A: Tensor, B: Tensor, on_A: Tensor, on_B: Tensor, s: float
+) -> tuple[Tensor, Tensor]:
+    """Of all (g_A, g_B) with s (B g_A + g_B A) = P(W)N, those nearest to s B^T N and s N A^T: least squares."""
+    left = torch.linalg.lstsq(B.mT, on_A).solution if B.any() else torch.zeros_like(B @ A)
+    right = torch.linalg.lstsq(A, on_B.mT).solution.mT
+    U = basis_of(B) if B.any() else B[:, :0]
+    wanted = U @ U.mT @ left + right - U @ U.mT @ right
+    near = torch.cat([(s * on_A).flatten(), (s * on_B).flatten()])
+
+    def effect(x: Tensor) -> Tensor:
+        g_A, g_B = x[: A.numel()].view_as(A), x[A.numel() :].view_as(B)
+        return (s * (B @ g_A + g_B @ A)).flatten()
+
+    matrix = torch.stack([effect(e) for e in torch.eye(len(near), dtype=A.dtype)], dim=1)
+    x = near + torch.linalg.pinv(matrix, rtol=1e-11) @ (wanted.flatten() - effect(near))
+    return x[: A.numel()].view_as(A), x[A.numel() :].view_as(B)
+
+
+def lora_sb(pairs: list[Pair], t: int, lr: float) -> None:
+    """Adam on the core R of W = U R V^T, A = V^T."""
+    for pair in pairs:
+        if t == 1:
+            U, values, Vt = torch.linalg.svd(pair.s * pair.B, full_matrices=False)
+            pair.memory["point"] = U, values.unsqueeze(-1) * Vt
+        U, R = pair.memory["point"]
+        R = R - lr * adam(pair.memory, "R", U.mT @ pair.g_B / pair.s, t)
+        pair.memory["point"] = U, R
+        pair.B = U @ R / pair.s
+
+
+def rac_lora(pairs: list[Pair], t: int, lr: float, each: int = 2, blocks: int = 3) -> None:
+    """Columns of B by Adam, block after block; Adam starts anew with each."""
+    block = min((t - 1) // each, blocks - 1)
+    for pair in pairs:
+        r = len(pair.A)
+        slots = slice(r * block // blocks, r * (block + 1) // blocks)
+        pair.B = pair.B.clone()
+        direction = adam(pair.memory, f"block {block}", pair.g_B[:, slots], t - each * block)
+        pair.B[:, slots] -= lr * direction
+
+
+STEPS: dict[str, Callable[..., None]] = {
+    "geolora": geolora,
+    "lora": lora,
+    "riemannian": riemannian,
+    "lora-pro": lora_pro,
+    "lora-sb": lora_sb,
+    "rac-lora": rac_lora,
+}
+"""Method -> (pairs, t, lr): one step, in place."""

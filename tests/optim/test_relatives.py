@@ -1,8 +1,6 @@
-"""RiemannianAdamW and LoRAPro: equal to a plain reference or to PEFT, and safe where PEFT is not."""
+"""What is peculiar to each of GeoLoRA's relatives; what all must do is in `test_battery.py`."""
 
 import copy
-import pickle
-from collections.abc import Callable
 from typing import Any
 
 import peft
@@ -14,27 +12,14 @@ from torch import Tensor, nn
 
 import geolora
 from geolora.errors import (
-    NonFiniteGradientError,
     PairingError,
     SettingError,
     SetupError,
-    SkippedStepWarning,
     UnpairedParametersWarning,
 )
 from geolora.pairs.find import find_pairs
-from models import backward, batch, lora_net, products, same, snapshot, train
-from reference import basis_of, projection
+from models import backward, batch, lora_net, products, train
 from tolerances import bound, difference
-
-KINDS = {
-    "riemannian": lambda model, **more: geolora.RiemannianAdamW(model, **{"lr": 1e-2, **more}),
-    "lora-pro": lambda model, **more: geolora.LoRAPro(model, **{"lr": 1e-3, **more}),
-    "lora-pro, full": lambda model, **more: geolora.LoRAPro(
-        model, moments="full", **{"lr": 1e-3, **more}
-    ),
-    "lora-sb": lambda model, **more: geolora.LoRASB(started(model), **{"lr": 1e-2, **more}),
-    "rac-lora": lambda model, **more: geolora.RACLoRA(model, 2, 3, **{"lr": 1e-2, **more}),
-}
 
 
 def started(model: nn.Module) -> nn.Module:
@@ -46,11 +31,6 @@ def started(model: nn.Module) -> nn.Module:
 
 def one_loss(model: nn.Module, given: tuple[Tensor, Tensor]) -> Tensor:
     return nn.functional.cross_entropy(model(given[0]), given[1])
-
-
-@pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest) -> Callable[..., torch.optim.Optimizer]:
-    return KINDS[request.param]
 
 
 def peer(model: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -160,116 +140,6 @@ def test_experts_are_still_refused_by_geolora() -> None:
         geolora.GeoLoRA(with_experts())
 
 
-def test_parameters_that_were_swapped_are_followed(
-    kind: Callable[..., torch.optim.Optimizer],
-) -> None:
-    """As accelerate's FSDP2 does: other Parameter objects in the same places."""
-    model = lora_net(r=3)
-    twin = copy.deepcopy(model)
-    optimizer = kind(model)
-    for name, parameter in list(model.named_parameters()):
-        parent, _, last = name.rpartition(".")
-        setattr(
-            model.get_submodule(parent),
-            last,
-            nn.Parameter(parameter.detach().clone(), parameter.requires_grad),
-        )
-    fresh = dict(zip(map(id, twin.parameters()), model.parameters(), strict=True))
-    other = kind(twin)
-    for ours, theirs in zip(optimizer.param_groups, other.param_groups, strict=True):
-        ours["params"] = [fresh[id(p)] for p in theirs["params"]]
-    train(model, optimizer, 5)
-    train(twin, other, 5)
-    assert same(snapshot(model), snapshot(twin))
-
-
-def test_a_pair_without_a_gradient_is_left_alone(
-    kind: Callable[..., torch.optim.Optimizer],
-) -> None:
-    model = lora_net(r=3)
-    optimizer = kind(model)
-    train(model, optimizer, 2)
-    backward(model)
-    pair = find_pairs(model)[0]
-    pair.A.grad = pair.B.grad = None
-    before = snapshot(model)
-    optimizer.step()
-    changed = {n for n, p in snapshot(model).items() if not torch.equal(p, before[n])}
-    assert changed
-    assert not any(".first." in name for name in changed)
-    twin, other = copy.deepcopy((model, optimizer))
-    for _ in range(3):  # however long it has none, it goes on as if it had not waited
-        pair.A.grad = pair.B.grad = None
-        optimizer.step()
-    assert torch.equal(find_pairs(twin)[0].B, pair.B)
-    state = optimizer.state[optimizer.param_groups[0]["params"][0]]
-    kept = other.state[other.param_groups[0]["params"][0]]
-    rows = {key: value for key, value in kept.items() if key != "step"}
-    for key, value in rows.items():
-        one = len(value) > 1 and value.dim() == 3 and key in ("R", "exp_avg", "exp_avg_sq")
-        if one or key not in ("U", "rows", "columns", "on_A", "on_B", "R", "exp_avg", "exp_avg_sq"):
-            assert torch.equal(state[key][0], value[0]), key
-
-
-def test_a_step_size_of_zero_changes_no_bit(kind: Callable[..., torch.optim.Optimizer]) -> None:
-    model = lora_net(r=3)
-    optimizer = kind(model, lr=0.0, rest_lr=0.0)
-    before = snapshot(model)
-    train(model, optimizer, 2)
-    assert same(before, snapshot(model))
-
-
-def test_factors_that_were_loaded_are_gone_on_from(
-    kind: Callable[..., torch.optim.Optimizer],
-) -> None:
-    model = lora_net(r=3)
-    optimizer = kind(model)
-    before = {p.name: p.B.detach().clone() for p in find_pairs(model)}
-    train(model, optimizer, 5)
-    with torch.no_grad():
-        for pair in find_pairs(model):
-            pair.B.copy_(before[pair.name] * 3 if before[pair.name].any() else before[pair.name])
-    loaded = {p.name: p.B.detach().clone() for p in find_pairs(model)}
-    train(model, optimizer, 1)
-    for pair in find_pairs(model):
-        assert (pair.B.detach() - loaded[pair.name]).abs().max() < 0.1, "no jump back"
-        assert not torch.equal(pair.B.detach(), loaded[pair.name])
-
-
-def test_state_goes_through_checkpoints_and_copies(
-    kind: Callable[..., torch.optim.Optimizer],
-) -> None:
-    model = lora_net(r=3)
-    optimizer = kind(model)
-    train(model, optimizer, 3)
-    other, twin = pickle.loads(pickle.dumps((model, optimizer)))
-    third = copy.deepcopy(model)
-    loaded = kind(third)
-    loaded.load_state_dict(optimizer.state_dict())
-    for m, o in ((model, optimizer), (other, twin), (third, loaded)):
-        train(m, o, 3)
-    assert same(snapshot(model), snapshot(other))
-    assert same(snapshot(model), snapshot(third))
-
-
-def test_gradients_that_are_not_finite_skip_the_step(
-    kind: Callable[..., torch.optim.Optimizer],
-) -> None:
-    model = lora_net(r=3)
-    optimizer = kind(model)
-    backward(model)
-    find_pairs(model)[1].A.grad[0, 0] = torch.nan
-    before = snapshot(model)
-    with pytest.warns(SkippedStepWarning, match=r"step: skipped.*second"):
-        optimizer.step()
-    assert same(before, snapshot(model))
-    for _ in range(18):
-        with pytest.warns(SkippedStepWarning):
-            optimizer.step()
-    with pytest.raises(NonFiniteGradientError, match="20 steps in a row"):
-        optimizer.step()
-
-
 @pytest.mark.parametrize(
     "settings, words",
     [
@@ -284,76 +154,6 @@ def test_gradients_that_are_not_finite_skip_the_step(
 def test_bad_settings(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(SettingError, match=words):
         geolora.RiemannianAdamW(lora_net(r=3), **settings)
-
-
-def nearest_factors(
-    A: Tensor, B: Tensor, on_A: Tensor, on_B: Tensor, s: float
-) -> tuple[Tensor, Tensor]:
-    """Of all (g_A, g_B) with s (B g_A + g_B A) = P(W)N, those nearest to s B^T N and s N A^T: least squares."""
-    left = torch.linalg.lstsq(B.mT, on_A).solution if B.any() else torch.zeros_like(B @ A)
-    right = torch.linalg.lstsq(A, on_B.mT).solution.mT
-    U = basis_of(B) if B.any() else B[:, :0]
-    wanted = U @ U.mT @ left + right - U @ U.mT @ right
-    near = torch.cat([(s * on_A).flatten(), (s * on_B).flatten()])
-
-    def effect(x: Tensor) -> Tensor:
-        g_A, g_B = x[: A.numel()].view_as(A), x[A.numel() :].view_as(B)
-        return (s * (B @ g_A + g_B @ A)).flatten()
-
-    matrix = torch.stack([effect(e) for e in torch.eye(len(near), dtype=A.dtype)], dim=1)
-    x = near + torch.linalg.pinv(matrix, rtol=1e-11) @ (wanted.flatten() - effect(near))
-    return x[: A.numel()].view_as(A), x[A.numel() :].view_as(B)
-
-
-def plain_lora_pro(model: nn.Module, lr: float, steps: int, moments: str) -> None:
-    """Dense matrices, one layer after the other; the head by AdamW. In place."""
-    first, second, eps = 0.9, 0.999, 1e-8
-    pairs = find_pairs(model)
-    factors = {id(p) for pair in pairs for p in (pair.A, pair.B)}
-    rest = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad and id(p) not in factors],
-        lr=1e-3,
-        weight_decay=0.0,
-    )
-    memory: dict[str, Any] = {}
-    for t in range(1, steps + 1):
-        backward(model)
-        rest.step()
-        for pair in pairs:
-            A, B, s = pair.A.detach().clone(), pair.B.detach().clone(), pair.scale
-            U = basis_of(B) if B.any() else B[:, :0]
-            # any matrix with these factor gradients has the same projection
-            left = torch.linalg.lstsq(B.mT, pair.A.grad / s).solution if B.any() else None
-            right = torch.linalg.lstsq(A, (pair.B.grad / s).mT).solution.mT
-            G = right if left is None else U @ U.mT @ left + (right - U @ U.mT @ right)
-            M, v, rows, columns = memory.get(pair.name, (0 * G, 0 * G, 0 * G[:, 0], 0 * G[0]))
-            M = first * M + (1 - first) * G
-            v = second * v + (1 - second) * G**2
-            rows = second * rows + (1 - second) * (G**2).mean(1)
-            columns = second * columns + (1 - second) * (G**2).mean(0)
-            if moments == "full":
-                N = M / (1 - first**t) / ((v / (1 - second**t)).sqrt() + eps)
-            else:
-                outer = rows.unsqueeze(1) * columns / rows.mean() / (1 - second**t)
-                N = M / (1 - first**t) / outer.sqrt()
-            parts = (B.mT @ N, N @ A.mT)
-            g_A, g_B = nearest_factors(A, B, *parts, s)
-            with torch.no_grad():
-                pair.A.sub_(lr * g_A)
-                pair.B.sub_(lr * g_B)
-            if moments == "tangent":
-                M = projection(M, basis_of(pair.B.detach()), basis_of(pair.A.detach().mT))
-            memory[pair.name] = (M, v, rows, columns)
-
-
-@pytest.mark.parametrize("moments", ["full", "tangent"])
-def test_lora_pro_equals_the_plain_algorithm_on_dense_matrices(moments: str) -> None:
-    model = lora_net(r=3, scale=2.0)
-    twin = copy.deepcopy(model)
-    train(model, geolora.LoRAPro(model, lr=1e-3, moments=moments, ridge=0.0), 8)
-    plain_lora_pro(twin, 1e-3, 8, moments)
-    for name, W in products(model).items():
-        assert difference(W, products(twin)[name]) < 1e-6, name
 
 
 @pytest.mark.parametrize("moments", ["full", "tangent"])
@@ -376,39 +176,6 @@ def test_lora_pros_state_is_as_large_as_an_adapter() -> None:
         optimizer.step()
         sizes[moments] = sum(v.numel() for v in optimizer.state[find_pairs(model)[0].A].values())
     assert sizes == {"tangent": 5 * 192, "full": 2 * 96 * 96}
-
-
-@pytest.mark.parametrize("name", KINDS)
-def test_they_learn(name: str) -> None:
-    model = lora_net(r=3)
-    slow = {"lora-sb": 3e-2, "rac-lora": 3e-2}  # fewer numbers are trained
-    losses = train(model, KINDS[name](model, lr=slow.get(name, 3e-3)), 100)
-    assert losses[-1] < 0.8 * losses[0]
-
-
-def test_lora_sb_is_adam_on_the_core_and_nothing_else() -> None:
-    model = started(lora_net(r=3, scale=2.0))
-    twin = copy.deepcopy(model)
-    train(model, geolora.LoRASB(model, lr=1e-2), 6)
-    head = [p for name, p in twin.named_parameters() if p.requires_grad and "lora_" not in name]
-    rest = torch.optim.AdamW(head, lr=1e-3, weight_decay=0.0)
-    points = {}
-    for pair in find_pairs(twin):
-        assert torch.allclose(pair.A @ pair.A.mT, torch.eye(3, dtype=torch.float64), atol=1e-6)
-        U, values, Vt = torch.linalg.svd(pair.scale * pair.B.detach(), full_matrices=False)
-        R = (values.unsqueeze(-1) * Vt).requires_grad_()
-        points[pair.name] = (U, R, torch.optim.Adam([R], lr=1e-2))
-    for _ in range(6):
-        backward(twin)
-        rest.step()
-        for pair in find_pairs(twin):
-            U, R, adam = points[pair.name]
-            R.grad = U.mT @ pair.B.grad / pair.scale
-            adam.step()
-            with torch.no_grad():
-                pair.B.copy_(U @ R / pair.scale)
-    for name, p in model.named_parameters():
-        assert difference(p.detach(), twin.get_parameter(name).detach()) < 1e-9, name
 
 
 def test_lora_pro_is_stable_where_a_gradient_has_few_directions() -> None:
@@ -444,35 +211,6 @@ def test_lora_sb_refuses_another_start() -> None:
     backward(model)
     with pytest.raises(SetupError, match="rows of A of `first` must be orthonormal"):
         geolora.LoRASB(model).step()
-
-
-def test_rac_lora_trains_block_after_block() -> None:
-    model = lora_net(r=5)
-    twin = copy.deepcopy(model)
-    optimizer = geolora.RACLoRA(model, steps_per_block=3, blocks=2, lr=1e-2)
-    train(model, optimizer, 8)
-    rest = torch.optim.AdamW(
-        [p for name, p in twin.named_parameters() if p.requires_grad and "lora_" not in name],
-        lr=1e-3,
-        weight_decay=0.0,
-    )
-    adam: Any = None
-    for t in range(8):
-        if t in (0, 3):
-            slots = slice(0, 2) if t == 0 else slice(2, 5)
-            parts = [p.B.detach()[:, slots].clone().requires_grad_() for p in find_pairs(twin)]
-            adam = torch.optim.AdamW(parts, lr=1e-2, weight_decay=0.0)
-        backward(twin)
-        rest.step()
-        for part, pair in zip(parts, find_pairs(twin), strict=True):
-            part.grad = pair.B.grad[:, slots].clone()
-        adam.step()
-        with torch.no_grad():
-            for part, pair in zip(parts, find_pairs(twin), strict=True):
-                pair.B[:, slots] = part
-    for name, p in model.named_parameters():
-        assert difference(p.detach(), twin.get_parameter(name).detach()) < 1e-9, name
-    assert optimizer.param_groups[0]["steps"] == 8
 
 
 def test_bf16_factors_have_float32_moments() -> None:

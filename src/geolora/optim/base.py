@@ -35,6 +35,8 @@ class LowRankOptimizer(torch.optim.Optimizer, ABC):
     """Name of its row in the table of methods; a state says which it is of."""
     kind: ClassVar[str] = "pairs"
     """What its param groups of pairs are called."""
+    holder: ClassVar[int] = 0
+    """Which parameter of a bucket has the bucket's tensors as its state."""
 
     def __init__(
         self,
@@ -130,7 +132,8 @@ class LowRankOptimizer(torch.optim.Optimizer, ABC):
             StateError: the state is of another method, of other layers or shapes, or not whole; nothing is
                 changed.
         """
-        refuse_other_state(type(self).__name__, self.param_groups, state_dict, self._shapes)
+        who = type(self).__name__
+        refuse_other_state(who, self.param_groups, state_dict, self._shapes, self.holder)
         load_keeping_dtypes(self, super().load_state_dict, state_dict)
         for group in self._paired():
             group["method"] = self.method

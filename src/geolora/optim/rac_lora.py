@@ -10,6 +10,7 @@ from geolora.methods import rac_lora
 from geolora.optim.adamw import SETTINGS, adamw_step
 from geolora.optim.base import BucketwiseOptimizer
 from geolora.optim.buckets import pairs_of
+from geolora.optim.saved_state import Shapes
 from geolora.pairs.find import find_pairs
 from geolora.pairs.sharded import gathered, is_sharded, write_factors
 
@@ -39,6 +40,7 @@ class RACLoRA(BucketwiseOptimizer):
     """
 
     method = "rac-lora"
+    holder = 1  # every B has its own, as AdamW keeps them
 
     def __init__(
         self,
@@ -68,6 +70,9 @@ class RACLoRA(BucketwiseOptimizer):
             "blocks": blocks,
         }
         super().__init__(model, pairs, settings, rest_lr, adapter_name)
+
+    def _shapes(self, group: dict[str, Any], saved: dict[str, Any]) -> Shapes:  # noqa: ARG002
+        return dict.fromkeys(("exp_avg", "exp_avg_sq"), tuple(group["params"][1].shape))
 
     def _advance(
         self,

@@ -16,12 +16,14 @@ def refuse_other_state(
     groups: list[dict[str, Any]],
     state_dict: dict[str, Any],
     shapes_of: Callable[[dict[str, Any], dict[str, Any]], Shapes],
+    holder: int = 0,
 ) -> None:
     """Raise `StateError` for a saved state that is not of these groups, or not whole.
 
     Args:
         who: name of the optimizer. groups: its param groups.
         shapes_of: (group, saved group) -> shapes of the tensors that a bucket which has a state must have.
+        holder: which parameter of a bucket holds them.
     """
     if not {"state", "param_groups"} <= set(state_dict):
         raise StateError(
@@ -43,7 +45,7 @@ def refuse_other_state(
     for group, saved in zip(groups, saved_groups, strict=True):
         if group["kind"] != "rest":
             _refuse_other_method(who, group, saved)
-            first = state_dict["state"].get(saved["params"][0])
+            first = state_dict["state"].get(saved["params"][holder])
             if first:
                 _refuse_other_shapes(who, group, saved, first, shapes_of)
 

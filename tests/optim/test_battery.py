@@ -1,0 +1,328 @@
+"""Every optimizer of the table of methods, in one battery: a new row is enrolled by being there."""
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import geolora
+import reference
+from geolora.errors import NonFiniteGradientError, SetupError, SkippedStepWarning, StateError
+from geolora.methods import METHODS, OPTIMIZERS, TRAINABLE, method_of, resolve
+from geolora.pairs.find import find_pairs
+from models import Net, backward, batch, lora_net, products, same, snapshot, train
+from tolerances import difference
+
+STARTED = {"lora-sb"}
+"""Methods whose pairs must be started before."""
+TORCHS = {"lora", "lora-plus"}
+"""AdamW of torch and PEFT, which keep their own rules for closures, gradients that are not finite and states."""
+
+
+class Case(NamedTuple):
+    """An optimizer with settings: `make(model, **more)`, and the plain steps it must equal."""
+
+    name: str
+    settings: dict[str, Any]
+    plain: dict[str, Any]
+    """Settings of the reference."""
+    learns_at: float
+    """A step size at which it has learnt something after 100 steps."""
+
+
+CASES = {name: Case(name, {"lr": 1e-2}, {}, 3e-3) for name in OPTIMIZERS}
+CASES["geolora"] = Case("geolora", {"lr": 1e-3}, {}, 1e-2)
+CASES["lora-pro"] = Case("lora-pro", {"lr": 1e-3}, {}, 3e-3)
+for fewer in ("lora-sb", "rac-lora"):  # fewer numbers are trained
+    CASES[fewer] = CASES[fewer]._replace(learns_at=3e-2)
+CASES["geolora"].settings.update(start_rank=2, prune_every=12, tail=0.1)
+CASES["rac-lora"].settings.update(steps_per_block=2, blocks=3)
+CASES["lora-pro"].settings.update(ridge=0.0)
+CASES |= {
+    "lora-pro, full": Case(
+        "lora-pro", {"lr": 1e-3, "ridge": 0.0, "moments": "full"}, {"moments": "full"}, 3e-3
+    ),
+    "geolora, momentum": Case(
+        "geolora",
+        {**CASES["geolora"].settings, "moments": "momentum"},
+        {"moments": "momentum"},
+        0.5,
+    ),
+}
+OURS = [key for key, case in CASES.items() if case.name not in TORCHS]
+Make = Callable[..., torch.optim.Optimizer]
+
+
+def made(case: Case, model: nn.Module, **more: Any) -> torch.optim.Optimizer:
+    if case.name in STARTED and not find_pairs(model)[0].B.any():
+        resolve(METHODS[case.name].start)(model, [batch()], one_loss)
+    return resolve(METHODS[case.name].optimizer)(model, **{**case.settings, **more})
+
+
+def one_loss(model: nn.Module, given: tuple[Tensor, Tensor]) -> Tensor:
+    return nn.functional.cross_entropy(model(given[0]), given[1])
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]
+
+
+@pytest.fixture(params=OURS)
+def make(request: pytest.FixtureRequest) -> Make:
+    return lambda model, **more: made(CASES[request.param], model, **more)
+
+
+# ---- the table ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_row_is_wired(name: str) -> None:
+    row = METHODS[name]
+    assert row.name == name
+    assert row.kind in geolora.methods.KINDS
+    for implementation in (row.mathematics, row.optimizer, row.start, row.recipe, row.start_recipe):
+        if implementation:
+            assert callable(resolve(implementation)), implementation
+    assert (name in TRAINABLE) == bool(row.optimizer), "what is trained has something to train it"
+    assert (row.kind != "start") or (row.start and row.refusal)
+    assert set(row.starts) <= set(geolora.methods.STARTS)
+    for public in row.public:
+        assert public in geolora.__all__
+    if row.kind == "optimizer" and row.mathematics:
+        assert resolve(row.optimizer).method == name
+        assert resolve(row.optimizer) is getattr(geolora, row.public[0])
+        assert name in reference.STEPS, "its plain version stands in tests/reference.py"
+
+
+def test_nothing_stands_in_for_an_unknown_method() -> None:
+    for among in (TRAINABLE, OPTIMIZERS):
+        with pytest.raises(
+            geolora.errors.SettingError, match="`method` must be one of.*got lora-x"
+        ):
+            method_of("lora-x", among)
+
+
+# ---- equal to the paper ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_it_equals_its_plain_reference_at_every_step(case: Case, scale: float) -> None:
+    model = lora_net(r=3, scale=scale)
+    optimizer = made(case, model)
+    twin = copy.deepcopy(model)
+    pairs = find_pairs(twin)
+    factors = {id(p) for pair in pairs for p in (pair.A, pair.B)}
+    others = [p for p in twin.parameters() if p.requires_grad and id(p) not in factors]
+    rest = torch.optim.AdamW(others, lr=1e-3, weight_decay=0.0)
+    memory: list[dict[str, Any]] = [{} for _ in pairs]
+    for t in range(1, 9):
+        train(model, optimizer, 1)
+        backward(twin)
+        rest.step()
+        plain = [
+            reference.Pair(
+                pair.name, pair.A.detach(), pair.B.detach(), pair.scale, pair.A.grad, pair.B.grad, known
+            )
+            for pair, known in zip(pairs, memory, strict=True)
+        ]  # fmt: skip
+        reference.STEPS[case.name](plain, t, case.settings["lr"], **case.plain)
+        with torch.no_grad():
+            for pair, stepped in zip(pairs, plain, strict=True):
+                pair.A.copy_(stepped.A)
+                pair.B.copy_(stepped.B)
+        wanted = products(twin)
+        for name, W in products(model).items():
+            assert difference(W, wanted[name]) < 1e-7, f"{name} after step {t}"
+        for name, p in model.named_parameters():
+            if "lora_" not in name:
+                assert difference(p.detach(), twin.get_parameter(name).detach()) < 1e-7, name
+
+
+def test_it_learns(case: Case) -> None:
+    model = lora_net(r=3)
+    losses = train(model, made(case, model, lr=case.learns_at), 100)
+    assert losses[-1] < 0.8 * losses[0]
+
+
+# ---- at home in torch and PEFT -----------------------------------------------------------------
+
+
+def through_bytes(value: object) -> Any:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+def test_state_goes_through_checkpoints_and_copies(case: Case) -> None:
+    model = lora_net(r=3)
+    optimizer = made(case, model)
+    train(model, optimizer, 3)
+    other, twin = pickle.loads(pickle.dumps((model, optimizer)))
+    third = copy.deepcopy(model)
+    loaded = made(case, third)
+    loaded.load_state_dict(through_bytes(optimizer.state_dict()))
+    fourth, copied = copy.deepcopy((model, optimizer))
+    for m, o in ((model, optimizer), (other, twin), (third, loaded), (fourth, copied)):
+        train(m, o, 3)
+    for m in (other, third, fourth):
+        assert same(snapshot(model), snapshot(m))
+
+
+def test_what_it_trains_is_an_ordinary_adapter(case: Case, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    model = lora_net(r=3)
+    train(model, made(case, model), 6)
+    settled = getattr(geolora, "prune")(model, tail=0.0)  # noqa: B009
+    done = geolora.export(model, tmp_path)
+    assert done.ranks == settled
+    torch.manual_seed(3)
+    errors = geolora.verify(tmp_path, Net().double())
+    assert set(errors) == {"first", "second", "down"}
+
+
+@pytest.mark.parametrize("theirs", OURS)
+@pytest.mark.parametrize("ours", OURS)
+def test_the_state_of_another_method_is_refused_and_changes_nothing(ours: str, theirs: str) -> None:
+    if CASES[ours].name == CASES[theirs].name:
+        return
+    other = lora_net(r=3)
+    foreign = made(CASES[theirs], other)
+    train(other, foreign, 2)
+    model = lora_net(r=3)
+    optimizer = made(CASES[ours], model)
+    train(model, optimizer, 2)
+    before = copy.deepcopy(optimizer.state_dict())
+    for fresh in (optimizer, made(CASES[ours], lora_net(r=3))):
+        with pytest.raises(StateError, match=f"must be of `{CASES[ours].name}`; got that of"):
+            fresh.load_state_dict(foreign.state_dict())
+    unnamed = copy.deepcopy(foreign.state_dict())  # as version 0.1.0 wrote it
+    for group in unnamed["param_groups"]:
+        group.pop("method", None)
+    with pytest.raises(StateError, match=f"must be of `{CASES[ours].name}`; got that of another"):
+        optimizer.load_state_dict(unnamed)
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    for key, values in before["state"].items():
+        for name, value in values.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(after["state"][key][name]))
+    twin = copy.deepcopy(model)
+    again = made(CASES[ours], twin)
+    again.load_state_dict(before)
+    train(model, optimizer, 2)
+    train(twin, again, 2)
+    assert same(snapshot(model), snapshot(twin))
+
+
+@pytest.mark.parametrize("key", [key for key in OURS if key != "lora-pro, full"])
+def test_a_state_of_another_rank_is_refused(key: str) -> None:
+    """The full moments of LoRA-Pro are of the size of W, whatever the rank."""
+    other = lora_net(r=4)
+    foreign = made(CASES[key], other)
+    train(other, foreign, 2)
+    with pytest.raises(StateError, match="Use the rank it was saved with"):
+        made(CASES[key], lora_net(r=3)).load_state_dict(foreign.state_dict())
+
+
+def test_parameters_that_were_swapped_are_followed(make: Make) -> None:
+    """As accelerate's FSDP2 does: other Parameter objects in the same places."""
+    model = lora_net(r=3)
+    twin = copy.deepcopy(model)
+    optimizer = make(model)
+    for name, parameter in list(model.named_parameters()):
+        parent, _, last = name.rpartition(".")
+        setattr(
+            model.get_submodule(parent),
+            last,
+            nn.Parameter(parameter.detach().clone(), parameter.requires_grad),
+        )
+    fresh = dict(zip(map(id, twin.parameters()), model.parameters(), strict=True))
+    other = make(twin)
+    for ours, theirs in zip(optimizer.param_groups, other.param_groups, strict=True):
+        ours["params"] = [fresh[id(p)] for p in theirs["params"]]
+    train(model, optimizer, 5)
+    train(twin, other, 5)
+    assert same(snapshot(model), snapshot(twin))
+
+
+def test_factors_that_were_loaded_are_gone_on_from(make: Make) -> None:
+    model = lora_net(r=3)
+    optimizer = make(model)
+    before = {p.name: p.B.detach().clone() for p in find_pairs(model)}
+    train(model, optimizer, 5)
+    with torch.no_grad():
+        for pair in find_pairs(model):
+            pair.B.copy_(before[pair.name] * 3 if before[pair.name].any() else before[pair.name])
+    loaded = products(model)
+    train(model, optimizer, 1)
+    for name, W in products(model).items():
+        assert (W - loaded[name]).abs().max() < 0.1, "no jump back"
+        assert not torch.equal(W, loaded[name])
+
+
+# ---- what does not move ------------------------------------------------------------------------
+
+
+def test_a_step_size_of_zero_changes_no_bit(case: Case) -> None:
+    model = lora_net(r=3)
+    optimizer = made(case, model, lr=0.0, rest_lr=0.0)
+    before = snapshot(model)
+    train(model, optimizer, 2)
+    assert same(before, snapshot(model))
+
+
+@pytest.mark.parametrize("key", OURS)
+def test_a_pair_without_a_gradient_is_left_alone(key: str) -> None:
+    model = lora_net(r=3)
+    no_judgement = (
+        {"prune_every": None} if CASES[key].name == "geolora" else {}
+    )  # it is of all layers
+    optimizer = made(CASES[key], model, **no_judgement)
+    train(model, optimizer, 2)
+    backward(model)
+    pair = find_pairs(model)[0]
+    pair.A.grad = pair.B.grad = None
+    before = snapshot(model)
+    optimizer.step()
+    changed = {n for n, p in snapshot(model).items() if not torch.equal(p, before[n])}
+    assert changed
+    assert not any(".first." in name for name in changed)
+    twin, other = copy.deepcopy((model, optimizer))
+    for _ in range(3):  # however long it has none, it goes on as if it had not waited
+        pair.A.grad = pair.B.grad = None
+        optimizer.step()
+    assert torch.equal(find_pairs(twin)[0].B, pair.B)
+    lead = optimizer.param_groups[0]["params"]
+    state = optimizer.state[lead[0]]
+    kept = other.state[other.param_groups[0]["params"][0]]
+    for key, value in kept.items():
+        if isinstance(value, Tensor) and value.dim() > 1:  # the row of the first pair
+            assert difference(state[key][0], value[0]) < 1e-12, key
+
+
+def test_gradients_that_are_not_finite_skip_the_step(make: Make) -> None:
+    model = lora_net(r=3)
+    optimizer = make(model)
+    backward(model)
+    find_pairs(model)[1].A.grad[0, 0] = torch.nan
+    before = snapshot(model)
+    with pytest.warns(SkippedStepWarning, match=r"step: skipped.*second"):
+        optimizer.step()
+    assert same(before, snapshot(model))
+    for _ in range(18):
+        with pytest.warns(SkippedStepWarning):
+            optimizer.step()
+    with pytest.raises(NonFiniteGradientError, match="20 steps in a row"):
+        optimizer.step()
+
+
+def test_closures_are_refused(make: Make) -> None:
+    with pytest.raises(SetupError, match="closures"):
+        make(lora_net(r=3)).step(lambda: 0.0)
