@@ -68,7 +68,7 @@ TABLE = """
     optim.lora_pro             : methods pairs optim.adamw optim.base optim.buckets optim.saved_state
     optim.lora_sb              : errors methods pairs optim.adamw optim.base optim.buckets optim.saved_state
     optim.nonfinite            : errors
-    optim.rac_lora             : errors methods pairs optim.adamw optim.base optim.buckets
+    optim.rac_lora             : errors methods pairs optim.adamw optim.base optim.buckets optim.saved_state
     optim.riemannian           : methods pairs optim.adamw optim.base optim.buckets optim.saved_state
     pairs.find                 : errors pairs.sharded
     pairs.point                :

@@ -18,6 +18,7 @@ from geolora.errors import SettingError
 from geolora.settings.train_config import TrainConfig
 from geolora.training.check import check
 from models import Net, backward, lora_net, products, tiny_bert
+from optimizers import CASES, OURS, made
 from rows import reviews
 
 STEPS = 100
@@ -162,6 +163,42 @@ torch.distributed.destroy_process_group()
 """
 
 
+EVERY = """
+import sys
+sys.path[:0] = {path!r}
+import torch
+from torch import distributed, nn
+from torch.distributed.fsdp import fully_shard
+from models import batch, lora_net
+from optimizers import CASES, OURS, made
+rank = int(sys.argv[1])
+distributed.init_process_group("gloo", init_method="file://{file}", rank=rank, world_size=2)
+x, labels = batch()
+mine = slice(0, 12) if rank == 0 else slice(12, 24)
+results = {{}}
+for key in OURS:
+    torch.manual_seed(0)
+    model = lora_net(r=3)
+    made(CASES[key], model)  # starts the pairs of those that need it
+    for layer in ("first", "second", "down", "head"):
+        fully_shard(model.base_model.model.get_submodule(layer))
+    fully_shard(model)
+    optimizer = made(CASES[key], model)
+    for step in range(6):
+        if step == 4:  # through a state of its own
+            other = made(CASES[key], model)
+            other.load_state_dict(optimizer.state_dict())
+            optimizer = other
+        model.zero_grad()
+        nn.functional.cross_entropy(model(x[mine]), labels[mine]).backward()
+        optimizer.step()
+    named = ((n, p.detach()) for n, p in model.named_parameters() if p.requires_grad)
+    results[key] = {{n: p.full_tensor().clone() for n, p in named}}
+torch.save(results, sys.argv[3])
+distributed.destroy_process_group()
+"""
+
+
 def in_two(code: str, how: str, folder: Path) -> list[Any]:
     """What two processes that run the code save."""
     files = [folder / f"{rank}.pt" for rank in range(2)]
@@ -222,6 +259,26 @@ def test_two_processes_train_what_one_trains_on_all_rows(
 
     assert untouched, "a step with what is no number in one process moves nothing in any"
     assert len([line for line in said if "skipped, gradients not finite" in line]) == 1
+
+
+def test_every_optimizer_over_sharded_factors_is_that_of_one_process(tmp_path: Path) -> None:
+    code = EVERY.format(path=[str(Path(__file__).parent)], file=tmp_path / "meet")
+    left, right = in_two(code, "", tmp_path)
+    for key in OURS:
+        torch.manual_seed(0)
+        model = lora_net(r=3)
+        optimizer = made(CASES[key], model)
+        for _ in range(6):
+            backward(model)
+            optimizer.step()
+        theirs = lora_net(r=3)
+        parameters = dict(theirs.named_parameters())
+        for name, value in left[key].items():
+            assert torch.equal(value, right[key][name]), (key, name)
+            parameters[name].data.copy_(value)
+        for name, W in products(model).items():
+            gap = torch.linalg.matrix_norm(W - products(theirs)[name])
+            assert gap < 1e-8 * torch.linalg.matrix_norm(W), (key, name)
 
 
 @pytest.mark.slow

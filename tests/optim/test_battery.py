@@ -5,7 +5,7 @@ import io
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -16,57 +16,11 @@ import reference
 from geolora.errors import NonFiniteGradientError, SetupError, SkippedStepWarning, StateError
 from geolora.methods import METHODS, OPTIMIZERS, TRAINABLE, method_of, resolve
 from geolora.pairs.find import find_pairs
-from models import Net, backward, batch, lora_net, products, same, snapshot, train
+from models import Net, backward, lora_net, products, same, snapshot, train
+from optimizers import CASES, OURS, Case, made
 from tolerances import difference
 
-STARTED = {"lora-sb"}
-"""Methods whose pairs must be started before."""
-TORCHS = {"lora", "lora-plus"}
-"""AdamW of torch and PEFT, which keep their own rules for closures, gradients that are not finite and states."""
-
-
-class Case(NamedTuple):
-    """An optimizer with settings: `make(model, **more)`, and the plain steps it must equal."""
-
-    name: str
-    settings: dict[str, Any]
-    plain: dict[str, Any]
-    """Settings of the reference."""
-    learns_at: float
-    """A step size at which it has learnt something after 100 steps."""
-
-
-CASES = {name: Case(name, {"lr": 1e-2}, {}, 3e-3) for name in OPTIMIZERS}
-CASES["geolora"] = Case("geolora", {"lr": 1e-3}, {}, 1e-2)
-CASES["lora-pro"] = Case("lora-pro", {"lr": 1e-3}, {}, 3e-3)
-for fewer in ("lora-sb", "rac-lora"):  # fewer numbers are trained
-    CASES[fewer] = CASES[fewer]._replace(learns_at=3e-2)
-CASES["geolora"].settings.update(start_rank=2, prune_every=12, tail=0.1)
-CASES["rac-lora"].settings.update(steps_per_block=2, blocks=3)
-CASES["lora-pro"].settings.update(ridge=0.0)
-CASES |= {
-    "lora-pro, full": Case(
-        "lora-pro", {"lr": 1e-3, "ridge": 0.0, "moments": "full"}, {"moments": "full"}, 3e-3
-    ),
-    "geolora, momentum": Case(
-        "geolora",
-        {**CASES["geolora"].settings, "moments": "momentum"},
-        {"moments": "momentum"},
-        0.5,
-    ),
-}
-OURS = [key for key, case in CASES.items() if case.name not in TORCHS]
 Make = Callable[..., torch.optim.Optimizer]
-
-
-def made(case: Case, model: nn.Module, **more: Any) -> torch.optim.Optimizer:
-    if case.name in STARTED and not find_pairs(model)[0].B.any():
-        resolve(METHODS[case.name].start)(model, [batch()], one_loss)
-    return resolve(METHODS[case.name].optimizer)(model, **{**case.settings, **more})
-
-
-def one_loss(model: nn.Module, given: tuple[Tensor, Tensor]) -> Tensor:
-    return nn.functional.cross_entropy(model(given[0]), given[1])
 
 
 @pytest.fixture(params=CASES)
