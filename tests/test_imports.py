@@ -1,6 +1,7 @@
 """The architecture: what may import what, what is public, what importing loads."""
 
 import ast
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -223,6 +224,86 @@ FILES = [path for name, path in GRAPH.files.items() if name]
 
 def test_imports_point_one_way() -> None:
     assert GRAPH.faults(table()) == []
+
+
+def test_nothing_is_imported_around() -> None:
+    assert GRAPH.cycles() == []
+
+
+@pytest.mark.parametrize(
+    "module, line, fault",
+    [
+        (
+            "kernels/solve",
+            "from geolora import GeoLoRA",
+            "kernels.solve imports the package's face",
+        ),
+        ("kernels/solve", "import geolora", "kernels.solve imports the package's face"),
+        (
+            "tasks/rows",
+            "from geolora.training import run",
+            "tasks.rows must not import training.run",
+        ),
+        (
+            "tasks/rows",
+            "def late():\n    from geolora.training.run import train",
+            "tasks.rows must not import training.run",
+        ),
+        (
+            "tasks/rows",
+            "if TYPE_CHECKING:\n    from geolora.training.run import Outcome",
+            "tasks.rows must not import training.run",
+        ),
+        (
+            "kernels/solve",
+            "from geolora.kernels import truncate",
+            "kernels.solve must not import kernels.truncate",
+        ),
+        (
+            "report/text",
+            "from geolora.nowhere import x",
+            "report.text imports geolora.nowhere, which is no module",
+        ),
+        (
+            "methods/rac_lora",
+            "import geolora.optim.base",
+            "methods.rac_lora must not import optim.base",
+        ),
+        (
+            "kernels/new",
+            '"""A module without a row."""\nimport geolora.errors',
+            "kernels.new has no row",
+        ),
+        (
+            "pairs/sharded",
+            "from geolora.pairs import find",
+            "module pairs.find is in a cycle or above one",
+        ),
+        (
+            "errors",
+            "from geolora.trainer import for_trainer",
+            "room errors is in a cycle or above one",
+        ),
+    ],
+)
+def test_the_rule_can_fail(module: str, line: str, fault: str, tmp_path: Path) -> None:
+    src = shutil.copytree(SRC, tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    with (src / f"{module}.py").open("a", encoding="utf-8") as file:
+        file.write(f"\n\n{line}\n")
+    graph = Graph(src)
+    assert fault in [*graph.faults(table()), *graph.cycles()]
+
+
+@pytest.mark.parametrize("folder", [SRC, *(path for path in SRC.rglob("*") if path.is_dir())])
+def test_rooms_are_small(folder: Path) -> None:
+    if folder.name == "__pycache__":
+        return
+    files = [path for path in folder.iterdir() if path.is_file()]
+    one_thing_a_file = folder.name in ("methods", "optim", "cli")
+    assert len(files) <= (6 if folder == SRC else 20 if one_thing_a_file else 12)
+    for path in files:
+        if path.suffix == ".py":
+            assert len(path.read_text(encoding="utf-8").splitlines()) <= 400, path
 
 
 @pytest.mark.parametrize("room", OTHERS)
