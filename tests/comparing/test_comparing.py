@@ -98,7 +98,7 @@ def test_a_plan_that_cannot_be_is_one_line(files: Path, old: str, new: str, mess
 # ---- running ------------------------------------------------------------------------------------
 
 
-def fake(config: TrainConfig, data: Data, choice: object) -> Outcome:
+def fake(config: TrainConfig, data: Data, choice: Rows | None) -> Outcome:
     """A training that knows `lr` / 1e-2 of the rows; at seed 1 and the larger lr it diverges."""
     if config.lr == 1e-2 and config.seed == 1 and config.text == "other":
         raise NonFiniteGradientError("GeoLoRA.step: gradients must be finite")
@@ -118,7 +118,7 @@ def fake(config: TrainConfig, data: Data, choice: object) -> Outcome:
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[TrainConfig]:
     seen: list[TrainConfig] = []
 
-    def train(config: TrainConfig, data: Data, choice: object) -> Outcome:
+    def train(config: TrainConfig, data: Data, choice: Rows | None) -> Outcome:
         seen.append(config)
         return fake(config, data, choice)
 
@@ -154,7 +154,7 @@ def test_a_stopped_comparison_goes_on(
     plan = read_plan(plan_file(files))
     whole = comparison.train
 
-    def stopping(config: TrainConfig, data: Data, choice: object) -> Outcome:
+    def stopping(config: TrainConfig, data: Data, choice: Rows | None) -> Outcome:
         if len(trained) == 5:
             raise KeyboardInterrupt
         return whole(config, data, choice)

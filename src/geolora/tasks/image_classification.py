@@ -18,8 +18,8 @@ from geolora.tasks.task import (
     Rows,
     Task,
     class_settings,
-    heads,
     loading,
+    names_of_heads,
     rows_of,
     source_of,
     with_classes,
@@ -76,7 +76,7 @@ class ImageClassification(Task):
                 "labels": torch.tensor([example["labels"] for example in examples]),
             }
 
-        return Loaded(model, processor, heads(model, info), collate)
+        return Loaded(model, processor, names_of_heads(model, info), collate)
 
     def encode(
         self,

@@ -67,13 +67,13 @@ class Loaded(NamedTuple):
 
     Attributes:
         processor: its tokenizer or image processor; saved beside the adapter.
-        new: names of modules that are trained whole and saved (heads).
+        heads: names of modules that are trained in full and saved beside the pairs.
         collate: examples to a batch of tensors.
     """
 
     model: Any
     processor: Any
-    new: list[str]
+    heads: list[str]
     collate: Callable[[list[Any]], Any]
 
 
@@ -197,7 +197,7 @@ def loading(config: TrainConfig, load: Callable[[str], Any]) -> Any:
     """What `load(source)` gives for the model of a run, quietly.
 
     Args:
-        load: takes the whole path of the folder, so that the adapter finds its base from anywhere, or the hub name.
+        load: takes the absolute path of the folder, so that the adapter finds its base from anywhere, or the hub name.
 
     Raises:
         ModelError: it cannot be loaded, in one line.
@@ -216,8 +216,8 @@ def loading(config: TrainConfig, load: Callable[[str], Any]) -> Any:
         ) from error
 
 
-def heads(model: Any, info: Mapping[str, Any]) -> list[str]:
-    """Modules to train whole: those whose weights the checkpoint did not have, and the classifier.
+def names_of_heads(model: Any, info: Mapping[str, Any]) -> list[str]:
+    """Modules to train in full: those whose weights the checkpoint did not have, and the classifier.
 
     Args:
         info: what `from_pretrained(output_loading_info=True)` gives.

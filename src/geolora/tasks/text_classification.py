@@ -16,8 +16,8 @@ from geolora.tasks.task import (
     Rows,
     Task,
     class_settings,
-    heads,
     loading,
+    names_of_heads,
     rows_of,
     source_of,
     with_classes,
@@ -66,7 +66,9 @@ class TextClassification(Task):
         tokenizer, model, info = loading(config, load)
         pad(tokenizer, model, config)
         tokenizer.model_max_length = max_length(tokenizer, model, config, MAX_LENGTH)
-        return Loaded(model, tokenizer, heads(model, info), DataCollatorWithPadding(tokenizer))
+        return Loaded(
+            model, tokenizer, names_of_heads(model, info), DataCollatorWithPadding(tokenizer)
+        )
 
     def encode(
         self,

@@ -16,8 +16,8 @@ from geolora.tasks.task import (
     Rows,
     Task,
     class_settings,
-    heads,
     loading,
+    names_of_heads,
     rows_of,
     source_of,
     with_head,
@@ -86,7 +86,7 @@ class TokenClassification(Task):
         pad(tokenizer, model, config)
         tokenizer.model_max_length = max_length(tokenizer, model, config, MAX_LENGTH)
         collate = DataCollatorForTokenClassification(tokenizer, label_pad_token_id=IGNORED)
-        return Loaded(model, tokenizer, heads(model, info), collate)
+        return Loaded(model, tokenizer, names_of_heads(model, info), collate)
 
     def encode(
         self,

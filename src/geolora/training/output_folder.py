@@ -10,9 +10,14 @@ from pathlib import Path
 
 from geolora.errors import OutputError
 
-OS_ERROR = re.compile(r"os error (\d+)")
 LOCK = ".lock"
+"""Held by the process that works in a folder."""
 OURS = ("run.json", "demo.json", "adapter_config.json")
+"""Files by which a folder is known as one that geolora wrote."""
+OS_ERROR = re.compile(r"os error (\d+)")
+"""How safetensors names the system's error."""
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NO_RIGHT = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 def check_output(output: str | Path, overwrite: bool, inputs: Iterable[str | Path] = ()) -> None:
@@ -65,10 +70,6 @@ def empty_folder(folder: Path) -> None:
     for path in folder.iterdir():
         if path.name != LOCK:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
-NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-NO_RIGHT = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 @contextmanager

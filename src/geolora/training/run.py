@@ -198,7 +198,7 @@ def _prepare(config: TrainConfig, data: Data) -> _Ready:
         starts = range(0, min(len(order), number * size) - size + 1, size)
         return [loaded.collate([examples[i] for i in order[at : at + size]]) for at in starts]
 
-    model = recipe.add_adapter(loaded.model, loaded.new, task.peft_type, steps, batches)
+    model = recipe.add_adapter(loaded.model, loaded.heads, task.peft_type, steps, batches)
     # building one now finds unusable settings before anything is written
     optimizer[0]()(model, **optimizer[1])
     return _Ready(config, task, recipe, loaded, model, examples, order, batches, steps, optimizer)
