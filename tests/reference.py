@@ -198,6 +198,13 @@ def lora(pairs: list[Pair], t: int, lr: float) -> None:
         pair.B = pair.B - lr * adam(pair.memory, "B", pair.g_B, t)
 
 
+def lora_plus(pairs: list[Pair], t: int, lr: float, ratio: float = 16.0) -> None:
+    """AdamW on the factors, B with `ratio` times the step of A."""
+    for pair in pairs:
+        pair.A = pair.A - lr * adam(pair.memory, "A", pair.g_A, t)
+        pair.B = pair.B - ratio * lr * adam(pair.memory, "B", pair.g_B, t)
+
+
 def geolora(pairs: list[Pair], t: int, lr: float, moments: str = "adaptive") -> None:
     """`Plain` layers, of one step together; the pair shows V, and U sigma where there is weight."""
     layers = []
@@ -300,6 +307,7 @@ def rac_lora(pairs: list[Pair], t: int, lr: float, each: int = 2, blocks: int = 
 STEPS: dict[str, Callable[..., None]] = {
     "geolora": geolora,
     "lora": lora,
+    "lora-plus": lora_plus,
     "riemannian": riemannian,
     "lora-pro": lora_pro,
     "lora-sb": lora_sb,

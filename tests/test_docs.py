@@ -2,6 +2,7 @@
 
 import ast
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -19,8 +20,9 @@ from geolora.settings.train_config import TrainConfig
 from geolora.training.check import check
 
 ROOT = Path(__file__).parents[1]
+FILLED = runpy.run_path(str(ROOT / "docs" / "table_of_methods.py"))["filled"]
 PAGES = {
-    path.relative_to(ROOT / "docs").as_posix(): path.read_text(encoding="utf-8")
+    path.relative_to(ROOT / "docs").as_posix(): FILLED(path.read_text(encoding="utf-8"))
     for path in sorted((ROOT / "docs").rglob("*.md"))
 }
 OTHERS = {"--cpu", "--max-lora-rank", "--num_processes"}

@@ -18,7 +18,7 @@ from geolora.errors import (
     UnpairedParametersWarning,
 )
 from geolora.pairs.find import find_pairs
-from models import backward, batch, lora_net, products, train
+from models import backward, batch, lora_net, products, same, snapshot, train
 from tolerances import bound, difference
 
 
@@ -254,3 +254,19 @@ def test_through_trainer() -> None:
     assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.1, 0.2]
     with pytest.raises(SettingError, match="`momentum` must be one of"):
         geolora.for_trainer("riemannian", momentum=0.9)
+
+
+def test_lora_plus_with_ratio_one_is_adamw_and_leaves_the_head_its_step() -> None:
+    model = lora_net(r=3)
+    twin = copy.deepcopy(model)
+    plus, adamw = (
+        geolora.for_trainer(name, lr=1e-2, rest_lr=3e-3, **more)
+        for name, more in (("lora-plus", {"ratio": 1.0}), ("lora", {}))
+    )
+    train(model, plus[0]()(model, **plus[1]), 5)
+    train(twin, adamw[0]()(twin, **adamw[1]), 5)
+    assert same(snapshot(model), snapshot(twin))
+    groups = plus[0]()(model, lr=1e-3, rest_lr=5e-4).param_groups
+    assert [group["lr"] for group in groups] == [1e-3, 16e-3, 5e-4]
+    with pytest.raises(SettingError, match="`ratio` must be a number >= 1; got 0.5"):
+        plus[0]()(model, ratio=0.5)

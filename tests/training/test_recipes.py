@@ -31,6 +31,7 @@ LRS = {
     "rac-lora": 0.15,
     "adalora": 5e-2,
     "rslora": 1e-2,
+    "lora-plus": 2e-3,
 }
 
 

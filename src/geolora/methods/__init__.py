@@ -40,6 +40,8 @@ class Method:
         clips_gradients: whether Trainer's clipping of the factors' gradients is wanted.
         regularises: whether the loss that is logged holds a regulariser of its own.
         start_recipe: of a start, what `geolora train` does for it.
+        defaults: its constants, for the documentation. notes: what differs from the paper or, of PEFT's methods,
+            what `geolora train` adds.
         refusal: of a start, what is said where it cannot come before a method, {} standing for that.
     """
 
@@ -61,6 +63,8 @@ class Method:
     regularises: bool = False
     start_recipe: str = "geolora.training.recipes:Start"
     refusal: str = ""
+    defaults: str = ""
+    notes: str = ""
 
 
 ROWS = (
@@ -76,6 +80,14 @@ ROWS = (
         recipe="geolora.training.recipes:RankAdaptive",
         takes_budget=True,
         clips_gradients=False,  # it would change lr per W
+        defaults=(
+            "`lr` 7e-3 (adaptive), 1e-2 (momentum), 0.1 (none); momentum 0.8; tail 0.25; cycle of 25 "
+            "steps, on the command line one judgement after 10 %"
+        ),
+        notes=(
+            "no S⁻¹; nothing is invented where a gradient adds no direction; ranks are judged once in"
+            " a cycle; momentum is carried to the new point; the adaptive step is ours"
+        ),
     ),
     Method(
         "lora",
@@ -85,6 +97,18 @@ ROWS = (
         "optimizer",
         optimizer=ADAMW,
         starts=("lora-one", "lora-ga"),
+    ),
+    Method(
+        "lora-plus",
+        "LoRA+",
+        "LoRA, AdamW with a larger step for B than for A, by PEFT's optimizer",
+        "2402.12354",
+        "optimizer",
+        optimizer="geolora.optim.lora_plus:lora_plus",
+        notes=(
+            "`lr` is the step of A, 2e-4 if not given, B takes 16 times as much; heads keep `--rest-"
+            "lr`, where PEFT would give them the step of A or B"
+        ),
     ),
     Method(
         "rslora",
@@ -116,6 +140,10 @@ ROWS = (
         recipe="geolora.training.peft_recipes:PiSSA",
         own_start=True,
         starts=(),
+        notes=(
+            "saved in PEFT's converted form, of twice the rank; the trained head is put back into the"
+            " file"
+        ),
     ),
     Method(
         "eva",
@@ -127,6 +155,7 @@ ROWS = (
         recipe="geolora.training.peft_recipes:EVA",
         own_start=True,
         starts=(),
+        notes="batches large enough for every layer",
     ),
     Method(
         "adalora",
@@ -140,6 +169,10 @@ ROWS = (
         starts=(),
         regularises=True,
         can_resume=False,  # PEFT keeps its importance scores outside every checkpoint
+        notes=(
+            "its allocator is called in every step; its rank goes from `--rank` to two thirds, "
+            "between 10 and 60 % of the steps; it cannot be resumed"
+        ),
     ),
     Method(
         "riemannian",
@@ -150,6 +183,11 @@ ROWS = (
         mathematics="geolora.methods.riemannian:precondition",
         public=("RiemannianAdamW",),
         optimizer="geolora.optim.riemannian:RiemannianAdamW",
+        defaults="`lr` 1e-3, damping 1e-2",
+        notes=(
+            "both sides see the pair as it was before the step; a solve never falls back to the "
+            "identity; MoE experts are the pairs they are"
+        ),
     ),
     Method(
         "lora-pro",
@@ -160,6 +198,11 @@ ROWS = (
         mathematics="geolora.methods.lora_pro:factor_gradients",
         public=("LoRAPro",),
         optimizer="geolora.optim.lora_pro:LoRAPro",
+        defaults='`lr` 1e-4, moments "tangent", ridge 1e-8',
+        notes=(
+            's is the pair\'s own; "tangent" keeps moments of an adapter\'s size and is ours, "full" is'
+            " the paper's"
+        ),
     ),
     Method(
         "lora-sb",
@@ -173,6 +216,11 @@ ROWS = (
         start="geolora.starts.lora_sb:initialize_lora_sb",
         own_start=True,
         starts=(),
+        defaults="`lr` 1e-3; the start's size as for LoRA-One",
+        notes=(
+            "the start is the gradient's best rank-r part, not that of the sign of its sum; no layer "
+            "is replaced; bases are float32"
+        ),
     ),
     Method(
         "rac-lora",
@@ -185,6 +233,11 @@ ROWS = (
         optimizer="geolora.optim.rac_lora:RACLoRA",
         recipe="geolora.training.recipes:Chained",
         starts=(),
+        defaults="`lr` 1e-3, 4 blocks",
+        notes=(
+            "nothing is merged into the base: each block is some slots of one pair; the factor that "
+            "starts at zero is trained, and only that; AdamW starts anew in every block"
+        ),
     ),
     Method(
         "lora-then-truncate",
@@ -195,6 +248,7 @@ ROWS = (
         optimizer=ADAMW,
         recipe="geolora.training.peft_recipes:Truncated",
         takes_budget=True,
+        notes="the largest of PEFT's energy thresholds that fits the budget",
     ),
     Method(
         "lora-one",
@@ -206,6 +260,14 @@ ROWS = (
         public=("initialize_lora_one", "get_lora_one_state"),
         start="geolora.starts.lora_one:initialize_lora_one",
         refusal="needs plain LoRA pairs that start from B = 0; not {}'s",
+        defaults=(
+            "norm 0.05, halved while that lowers the loss; twice the rank looked along; up to 6 "
+            "passes"
+        ),
+        notes=(
+            "the gradient is never formed; the size is given in W, whatever LoRA's scale; a budget "
+            "may share directions out"
+        ),
     ),
     Method(
         "lora-ga",
@@ -218,6 +280,12 @@ ROWS = (
         start="geolora.starts.lora_ga:initialize_lora_ga",
         start_recipe="geolora.training.recipes:HalfTrained",
         refusal="belongs to lora and rslora; got {}",
+        defaults="gamma 16",
+        notes=(
+            "the offset is in frozen slots of the pair, not in the base weights; half of the rank is "
+            "trained; with `--method lora` or `rslora`. PEFT's own `lora_ga` multiplies B by the "
+            "gradient's singular values; this does not"
+        ),
     ),
 )
 

@@ -1,7 +1,5 @@
 """AdamW for LoRA of any kind: its factors at lr, all else that is trainable at rest_lr."""
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -18,22 +16,26 @@ def adamw(model: nn.Module, lr: float = 1e-3, rest_lr: float = 1e-3) -> torch.op
     Raises:
         PairingError: nothing of LoRA is trainable.
     """
-    return torch.optim.AdamW(split_rest(model, lr, rest_lr), lr=lr, weight_decay=0.0)
-
-
-def split_rest(model: nn.Module, lr: float, rest_lr: float) -> list[dict[str, Any]]:
-    """Param groups of a PEFT model: LoRA's tensors (factors, magnitudes) at lr, others at rest_lr.
-
-    Raises:
-        PairingError: nothing of LoRA is trainable.
-    """
+    refuse_without_lora(model)
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    factors = [p for name, p in trainable if ".lora_" in name]
-    others = [p for name, p in trainable if ".lora_" not in name]
-    if not factors:
+    groups = [
+        {"params": [p for name, p in trainable if is_factor(name)], "lr": lr},
+        {"params": [p for name, p in trainable if not is_factor(name)], "lr": rest_lr},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=lr, weight_decay=0.0
+    )
+
+
+def is_factor(name: str) -> bool:
+    """Whether a parameter is of LoRA (factors, magnitudes), by its name."""
+    return ".lora_" in name
+
+
+def refuse_without_lora(model: nn.Module) -> None:
+    """Raise `PairingError` where nothing of LoRA is trainable."""
+    if not any(p.requires_grad and is_factor(name) for name, p in model.named_parameters()):
         raise PairingError(
             "for_trainer: `model` must have trainable LoRA layers; found none. "
             "Wrap it with peft.get_peft_model(model, LoraConfig(...)) first."
         )
-    groups = [{"params": factors, "lr": lr}, {"params": others, "lr": rest_lr}]
-    return [group for group in groups if group["params"]]
