@@ -27,7 +27,7 @@ class Case(NamedTuple):
     """A step size at which it has learnt something after 100 steps."""
 
 
-CASES = {name: Case(name, {"lr": 1e-2}, {}, 3e-3) for name in OPTIMIZERS}
+CASES = {name: Case(name, {"lr": 1e-2}, {}, 1e-2) for name in OPTIMIZERS}
 CASES["geolora"] = Case("geolora", {"lr": 1e-3}, {}, 1e-2)
 CASES["lora-pro"] = Case("lora-pro", {"lr": 1e-3}, {}, 3e-3)
 for fewer in ("lora-sb", "rac-lora"):  # fewer numbers are trained

@@ -103,7 +103,6 @@ class Recipe:
         if config.budget is not None and not method.takes_budget:
             owners = [name for name in TRAINABLE if METHODS[name].takes_budget]
             raise SettingError(f"`--budget` belongs to {', '.join(owners)}; got {method.name}.")
-        self._check_start_rank()
         if config.init != "default" and method.own_start:
             raise SettingError(
                 f"`--init` must be default with {method.name}, which has its own start."
@@ -111,6 +110,7 @@ class Recipe:
         if config.init in STARTS and config.init not in method.starts:
             row = METHODS[config.init]
             raise SettingError(f"`--init {row.name}` {row.refusal.format(method.name)}.")
+        self._check_start_rank()
         if self.start is not None:
             self.start.check()
         if config.save_every is not None and not method.can_resume:
