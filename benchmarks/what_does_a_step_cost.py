@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 import geolora
 from geolora.cli.demo import model_folder
-from geolora.optim.rank_cycle import phase_of
+from geolora.optim.geolora_step.rank_cycle import phase_of
 from geolora.pairs.find import find_pairs
 
 CYCLE, WARM_UP = 25, 3

@@ -17,95 +17,95 @@ CALLS_PEFT = {"optim.lora_plus", "training.recipes", "training.peft_recipes"}
 """Beside `pairs` and `adapters`, which know PEFT's layers and files: what calls its methods."""
 
 TABLE = """
-    adapters.base_model        : errors adapters.names adapters.read
-    adapters.export            : errors pairs adapters.names
-    adapters.inspect           : errors kernels pairs adapters.read
-    adapters.names             :
-    adapters.prune             : errors kernels pairs
-    adapters.read              : errors files pairs adapters.names
-    adapters.truncate          : pairs
-    adapters.verify            : errors pairs adapters.base_model adapters.read
-    cli.__main__               : errors cli.compare cli.demo cli.export cli.inspect cli.plot cli.train cli.verify
-    cli.compare                : comparing report training cli.plot
-    cli.demo                   : adapters errors report settings tasks training cli.demo_texts
-    cli.demo_texts             : errors
-    cli.export                 : adapters training
-    cli.inspect                : adapters errors report
-    cli.plot                   : errors files report tasks training
-    cli.train                  : processes settings training cli.plot
-    cli.verify                 : adapters
-    comparing.bootstrap        : tasks
-    comparing.plan             : errors settings
-    comparing.run              : errors files processes settings tasks training comparing.plan comparing.summary
-    comparing.summary          : methods tasks comparing.bootstrap comparing.plan
-    errors                     :
-    files                      :
-    kernels.augment            : kernels.decompose
-    kernels.decompose          :
-    kernels.sketch             :
-    kernels.solve              :
-    kernels.tangent            :
-    kernels.truncate           :
-    methods                    : errors
-    methods.*                  : kernels
-    optim.*                    : errors methods pairs optim.adamw optim.base optim.buckets optim.saved_state
-    optim.across_layers        : kernels methods optim.bucket_step optim.rank_cycle
-    optim.adamw                : 
-    optim.base                 : errors pairs optim.adamw optim.buckets optim.nonfinite optim.saved_state
-    optim.bucket_step          : kernels methods pairs optim.buckets optim.masters optim.rank_cycle
-    optim.buckets              : pairs
-    optim.geolora              : errors kernels pairs optim.across_layers optim.base optim.bucket_step optim.buckets optim.masters optim.nonfinite optim.rank_cycle optim.saved_state optim.slot_widths
-    optim.lora                 : errors
-    optim.lora_plus            : errors optim.lora
-    optim.masters              : kernels pairs optim.buckets optim.rank_cycle optim.saved_state
-    optim.nonfinite            : errors
-    optim.rank_cycle           : 
-    optim.saved_state          : errors
-    optim.slot_widths          : optim.bucket_step
-    pairs.find                 : errors pairs.sharded
-    pairs.point                :
-    pairs.sharded              :
-    processes                  :
-    report.clean               :
-    report.comparison          : files report.figures report.inline report.layout report.panels report.text report.view
-    report.figures             : files report.layout report.panels
-    report.inline              : report.clean
-    report.layout              :
-    report.pages               : files report.clean report.figures report.inline report.panels report.view
-    report.panels              : report.layout report.view
-    report.shape               :
-    report.text                : report.layout report.view
-    report.view                : report.clean
-    settings.strict_yaml       : errors
-    settings.train_config      : methods
-    starts.gradient_pass       : errors kernels pairs processes
-    starts.gradient_state      : adapters errors kernels pairs starts.gradient_pass
-    starts.lora_ga             : errors methods pairs starts.gradient_pass starts.gradient_state
-    starts.lora_one            : kernels methods pairs starts.gradient_pass starts.gradient_state starts.step_length
-    starts.lora_sb             : methods starts.gradient_pass starts.gradient_state starts.step_length
-    starts.step_length         : errors pairs starts.gradient_pass
-    tasks.answers              : errors tasks.chat_tokens tasks.task
-    tasks.causal_lm            : errors processes settings tasks.answers tasks.chat_tokens tasks.task tasks.tokenizers
-    tasks.chat_tokens          : errors tasks.tokenizers
-    tasks.image_classification : errors settings tasks.rows tasks.task
-    tasks.metrics              :
-    tasks.rows                 : errors files
-    tasks.task                 : adapters errors processes settings tasks.rows
-    tasks.text_classification  : settings tasks.rows tasks.task tasks.tokenizers
-    tasks.token_classification : errors settings tasks.rows tasks.task tasks.tokenizers
-    tasks.tokenizers           : errors settings
-    trainer                    : errors methods optim
-    training.batch_order       :
-    training.check             : errors processes settings training.output_folder training.recipes training.resume
-    training.checkpoints       : errors files processes
-    training.clock             : files processes
-    training.identity          : settings
-    training.output_folder     : errors
-    training.peak_memory       :
-    training.peft_recipes      : adapters errors pairs training.recipes
-    training.recipes           : adapters errors methods pairs settings starts trainer
-    training.resume            : errors files processes settings training.checkpoints training.output_folder
-    training.run               : errors files processes settings tasks trainer training.batch_order training.check training.checkpoints training.clock training.identity training.output_folder training.peak_memory training.recipes training.resume
+    adapters.base_model              : errors adapters.names adapters.read
+    adapters.export                  : errors pairs adapters.names
+    adapters.inspect                 : errors kernels pairs adapters.read
+    adapters.names                   :
+    adapters.prune                   : errors kernels pairs
+    adapters.read                    : errors files pairs adapters.names
+    adapters.truncate                : pairs
+    adapters.verify                  : errors pairs adapters.base_model adapters.read
+    cli.__main__                     : errors cli.compare cli.demo cli.export cli.inspect cli.plot cli.train cli.verify
+    cli.compare                      : comparing report training cli.plot
+    cli.demo                         : adapters errors report settings tasks training cli.demo_texts
+    cli.demo_texts                   : errors
+    cli.export                       : adapters training
+    cli.inspect                      : adapters errors report
+    cli.plot                         : errors files report tasks training
+    cli.train                        : processes settings training cli.plot
+    cli.verify                       : adapters
+    comparing.bootstrap              : tasks
+    comparing.plan                   : errors settings
+    comparing.run                    : errors files processes settings tasks training comparing.plan comparing.summary
+    comparing.summary                : methods tasks comparing.bootstrap comparing.plan
+    errors                           :
+    files                            :
+    kernels.augment                  : kernels.decompose
+    kernels.decompose                :
+    kernels.sketch                   :
+    kernels.solve                    :
+    kernels.tangent                  :
+    kernels.truncate                 :
+    methods                          : errors
+    methods.*                        : kernels
+    optim.*                          : errors methods pairs optim.adamw optim.base optim.buckets optim.saved_state
+    optim.adamw                      :
+    optim.base                       : errors pairs optim.adamw optim.buckets optim.nonfinite optim.saved_state
+    optim.buckets                    : pairs
+    optim.geolora                    : errors kernels pairs optim.base optim.buckets optim.geolora_step.across_layers optim.geolora_step.bucket_step optim.geolora_step.masters optim.geolora_step.rank_cycle optim.geolora_step.slot_widths optim.nonfinite optim.saved_state
+    optim.geolora_step.across_layers : kernels methods optim.geolora_step.bucket_step optim.geolora_step.rank_cycle
+    optim.geolora_step.bucket_step   : kernels methods pairs optim.buckets optim.geolora_step.masters optim.geolora_step.rank_cycle
+    optim.geolora_step.masters       : kernels pairs optim.buckets optim.geolora_step.rank_cycle optim.saved_state
+    optim.geolora_step.rank_cycle    :
+    optim.geolora_step.slot_widths   : optim.geolora_step.bucket_step
+    optim.lora                       : errors
+    optim.lora_plus                  : errors optim.lora
+    optim.nonfinite                  : errors
+    optim.saved_state                : errors
+    pairs.find                       : errors pairs.sharded
+    pairs.point                      :
+    pairs.sharded                    :
+    processes                        :
+    report.clean                     :
+    report.comparison                : files report.figures report.inline report.layout report.panels report.text report.view
+    report.figures                   : files report.layout report.panels
+    report.inline                    : report.clean
+    report.layout                    :
+    report.pages                     : files report.clean report.figures report.inline report.panels report.view
+    report.panels                    : report.layout report.view
+    report.shape                     :
+    report.text                      : report.layout report.view
+    report.view                      : report.clean
+    settings.strict_yaml             : errors
+    settings.train_config            : methods
+    starts.gradient_pass             : errors kernels pairs processes
+    starts.gradient_state            : adapters errors kernels pairs starts.gradient_pass
+    starts.lora_ga                   : errors methods pairs starts.gradient_pass starts.gradient_state
+    starts.lora_one                  : kernels methods pairs starts.gradient_pass starts.gradient_state starts.step_length
+    starts.lora_sb                   : methods starts.gradient_pass starts.gradient_state starts.step_length
+    starts.step_length               : errors pairs starts.gradient_pass
+    tasks.answers                    : errors tasks.chat_tokens tasks.task
+    tasks.causal_lm                  : errors processes settings tasks.answers tasks.chat_tokens tasks.task tasks.tokenizers
+    tasks.chat_tokens                : errors tasks.tokenizers
+    tasks.image_classification       : errors settings tasks.rows tasks.task
+    tasks.metrics                    :
+    tasks.rows                       : errors files
+    tasks.task                       : adapters errors processes settings tasks.rows
+    tasks.text_classification        : settings tasks.rows tasks.task tasks.tokenizers
+    tasks.token_classification       : errors settings tasks.rows tasks.task tasks.tokenizers
+    tasks.tokenizers                 : errors settings
+    trainer                          : errors methods optim
+    training.batch_order             :
+    training.check                   : errors processes settings training.output_folder training.recipes training.resume
+    training.checkpoints             : errors files processes
+    training.clock                   : files processes
+    training.identity                : settings
+    training.output_folder           : errors
+    training.peak_memory             :
+    training.peft_recipes            : adapters errors pairs training.recipes
+    training.recipes                 : adapters errors methods pairs settings starts trainer
+    training.resume                  : errors files processes settings training.checkpoints training.output_folder
+    training.run                     : errors files processes settings tasks trainer training.batch_order training.check training.checkpoints training.clock training.identity training.output_folder training.peak_memory training.recipes training.resume
 """
 """Module : what it may import of ours: whole rooms (folders, or files at the top), and files of its own room.
 
@@ -313,7 +313,9 @@ def test_the_numerical_rooms_import_torch_at_most(room: str) -> None:
 
 def test_few_files_know_peft() -> None:
     knowing = {name for name, others in GRAPH.others.items() if "peft" in others}
-    assert {name for name in knowing if name.split(".")[0] not in ("adapters", "pairs")} == CALLS_PEFT
+    assert {
+        name for name in knowing if name.split(".")[0] not in ("adapters", "pairs")
+    } == CALLS_PEFT
 
 
 def test_importing_loads_torch_at_most() -> None:

@@ -23,7 +23,7 @@ from geolora.errors import (
     StateError,
 )
 from geolora.kernels.tangent import to_dense
-from geolora.optim import bucket_step, slot_widths
+from geolora.optim.geolora_step import bucket_step, slot_widths
 from geolora.pairs.find import find_pairs
 from geolora.pairs.point import slot_ranks
 from models import OneLayer, backward, lora_net, pairs_of, products, same, snapshot, train
@@ -415,7 +415,7 @@ def test_slots_are_counted_once_while_ranks_are_held_also_beside_layers_never_us
         steps.add(optimizer.param_groups[0]["steps"])
         return count(basis)
 
-    monkeypatch.setattr("geolora.optim.slot_widths.filled_slots", counted)
+    monkeypatch.setattr("geolora.optim.geolora_step.slot_widths.filled_slots", counted)
     for _ in range(12):
         backward(model)
         for name, p in model.named_parameters():

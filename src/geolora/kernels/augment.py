@@ -82,8 +82,8 @@ def _rows(*matrices: Tensor) -> Tensor:
     *batch, d, _ = matrices[0].shape
     widths = [matrix.shape[-1] for matrix in matrices]
     rows = matrices[0].new_empty((*batch, sum(widths), d), dtype=torch.float64)
-    for place, matrix in zip(rows.split(widths, dim=-2), matrices, strict=True):
-        place.copy_(matrix.mT)
+    for block, matrix in zip(rows.split(widths, dim=-2), matrices, strict=True):
+        block.copy_(matrix.mT)
     return rows
 
 
@@ -91,8 +91,8 @@ def stack_spans(spans: Sequence[Span]) -> Span:
     """Spans of stacks of layers, of any d, as one of all their layers."""
     if len(spans) == 1:
         return spans[0]
-    parts = (torch.cat(part) for part in zip(*(span[1:] for span in spans), strict=True))
-    return Span(None, *parts)
+    fields = (torch.cat(field) for field in zip(*(span[1:] for span in spans), strict=True))
+    return Span(None, *fields)
 
 
 def combine(span: Span, basis: Tensor, directions: Tensor, on: Tensor) -> Tensor:

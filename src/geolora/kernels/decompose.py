@@ -31,7 +31,7 @@ def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
             RuntimeWarning,
             stacklevel=2,
         )
-        values, vectors = (torch.stack(part) for part in zip(*each, strict=True))
+        values, vectors = (torch.stack(field) for field in zip(*each, strict=True))
         return values.view(matrices.shape[:-1]), vectors.view(matrices.shape)
 
 

@@ -56,7 +56,7 @@ def norm(K: Tensor, L: Tensor, U: Tensor) -> Tensor:
 
     ||M||^2 = ||K||^2 + ||L||^2 - ||U^T K||^2.
     """
-    K, L, overlap = (torch.linalg.matrix_norm(part).square() for part in (K, L, U.mT @ K))
+    K, L, overlap = (torch.linalg.matrix_norm(X).square() for X in (K, L, U.mT @ K))
     return (K + L - overlap).clamp(min=0).sqrt()
 
 

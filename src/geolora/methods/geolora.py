@@ -73,10 +73,10 @@ def step(seen: Span, sigma: Tensor, lr: Tensor, cap: Tensor, soften: float | Non
     """
     slots, dtype = sigma.shape[-1], sigma.dtype
     turns = orthonormal(seen.gram, slots)  # [U | U~] = Z @ turn
-    parts = (turns.mT @ seen.seen).split(slots, dim=-1)  # of M, and of N
-    move = along = core_of(*parts[0].chunk(2))
+    M, *ahead = (turns.mT @ seen.seen).split(slots, dim=-1)
+    move = along = core_of(*M.chunk(2))
     if soften is not None:
-        along = soft_sign(core_of(*parts[1].chunk(2)), soften)
+        along = soft_sign(core_of(*ahead[0].chunk(2)), soften)  # of N
         along[..., slots:, slots:] = 0
     core = torch.diag_embed(torch.nn.functional.pad(sigma.double(), (0, slots)))
     core = torch.addcmul(core, lr[:, None, None], along, value=-1.0)

@@ -15,15 +15,15 @@ from torch import Tensor, nn
 
 from geolora.errors import SettingError
 from geolora.kernels.tangent import norm
-from geolora.optim.across_layers import judge_all, shrink_factor, turn_all
 from geolora.optim.base import LowRankOptimizer
-from geolora.optim.bucket_step import BucketStep, alike
 from geolora.optim.buckets import pairs_of
-from geolora.optim.masters import Masters, master_shapes
+from geolora.optim.geolora_step.across_layers import judge_all, shrink_factor, turn_all
+from geolora.optim.geolora_step.bucket_step import BucketStep, alike
+from geolora.optim.geolora_step.masters import Masters, master_shapes
+from geolora.optim.geolora_step.rank_cycle import phase_of
+from geolora.optim.geolora_step.slot_widths import SlotWidths
 from geolora.optim.nonfinite import total
-from geolora.optim.rank_cycle import phase_of
 from geolora.optim.saved_state import Shapes
-from geolora.optim.slot_widths import SlotWidths
 from geolora.pairs.find import Pair, check_budget, find_pairs
 from geolora.pairs.point import balanced_maps, slot_lengths
 

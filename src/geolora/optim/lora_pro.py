@@ -1,7 +1,7 @@
 """`LoRAPro`; the mathematics is in `methods/lora_pro.py`."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -80,55 +80,55 @@ class LoRAPro(BucketwiseOptimizer):
         A, B = stacked_factors(group)
         scale = scales_of(group, A)
         s = scale.view(-1, 1, 1)
-        seen = lora_pro.Projections(on_A / s, on_B / s)
-        at = lora_pro.metric(A, B, group["ridge"])
+        gradient = lora_pro.Projections(on_A / s, on_B / s)
+        here = _Here(A, B, gradient, lora_pro.metric(A, B, group["ridge"]))
         state = self.state[group["params"][0]]
-        step = self._full if group["moments"] == "full" else self._tangent
-        direction, mean = step(group, state, A, B, seen, at, live)
-        g_A, g_B = lora_pro.factor_gradients(A, B, direction, scale, at)
+        full = group["moments"] == "full"
+        direction = (_full if full else _tangent)(group, state, here, live)
+        g_A, g_B = lora_pro.factor_gradients(A, B, direction, scale, here.metric)
         new_A, new_B = A - group["lr"] * g_A, B - group["lr"] * g_B
         for side, new in enumerate((new_A, new_B)):
             write_back(group["params"][side::2], new)
-        if mean is not None:
-            written = stacked_factors(group)  # as rounded to the dtype of the factors
-            state["on_A"], state["on_B"] = lora_pro.carried(A, B, mean, *written, at)
+        if not full:
+            mean = lora_pro.Projections(state["on_A"], state["on_B"])
+            rounded = stacked_factors(group)  # to the dtype of the factors
+            state["on_A"], state["on_B"] = lora_pro.carried(A, B, mean, *rounded, here.metric)
 
-    @staticmethod
-    def _tangent(
-        group: dict[str, Any],
-        state: dict[str, Any],
-        A: Tensor,
-        B: Tensor,
-        seen: lora_pro.Projections,
-        at: lora_pro.Metric,
-        live: list[bool],
-    ) -> tuple[lora_pro.Projections, lora_pro.Projections]:
-        """N by its projections, and the first moment."""
-        now = lora_pro.mean_squares(A, B, seen, at)
-        moments(state, ("on_A", "on_B", "rows", "columns"), (*seen, *now))
-        first, second = group["betas"]
-        for key, side in zip(("on_A", "on_B"), seen, strict=True):
-            move_average(state[key], side, first, live)
-        for key, square in zip(("rows", "columns"), now, strict=True):
-            move_average(state[key], square, second, live)
-        mean = lora_pro.Projections(state["on_A"], state["on_B"])
-        squares = lora_pro.Squares(
-            *(state[key] / unbiased(group, second, state[key]) for key in ("rows", "columns"))
-        )
-        N = lora_pro.normalised(A, B, mean, squares, at)
-        share = 1 / unbiased(group, first, A)
-        return lora_pro.Projections(share * N.on_A, share * N.on_B), mean
 
-    @staticmethod
-    def _full(
-        group: dict[str, Any],
-        state: dict[str, Any],
-        A: Tensor,
-        B: Tensor,
-        seen: lora_pro.Projections,
-        at: lora_pro.Metric,
-        live: list[bool],
-    ) -> tuple[lora_pro.Projections, None]:
-        """N by its projections."""
-        N = adam_direction(state, lora_pro.dense(A, B, seen, at), group, live)
-        return lora_pro.projections_of(N, A, B), None
+class _Here(NamedTuple):
+    """The pairs of a bucket, the gradient there, and the metric."""
+
+    A: Tensor
+    B: Tensor
+    gradient: lora_pro.Projections
+    metric: lora_pro.Metric
+
+
+def _tangent(
+    group: dict[str, Any], state: dict[str, Any], here: _Here, live: list[bool]
+) -> lora_pro.Projections:
+    """Adam's direction N by its projections; the first moment is in `on_A` and `on_B` of the state."""
+    A, B, gradient, metric = here
+    now = lora_pro.mean_squares(A, B, gradient, metric)
+    moments(state, ("on_A", "on_B", "rows", "columns"), (*gradient, *now))
+    first, second = group["betas"]
+    for key, side in zip(("on_A", "on_B"), gradient, strict=True):
+        move_average(state[key], side, first, live)
+    for key, square in zip(("rows", "columns"), now, strict=True):
+        move_average(state[key], square, second, live)
+    mean = lora_pro.Projections(state["on_A"], state["on_B"])
+    squares = lora_pro.Squares(
+        *(state[key] / unbiased(group, second, state[key]) for key in ("rows", "columns"))
+    )
+    N = lora_pro.normalised(A, B, mean, squares, metric)
+    share = 1 / unbiased(group, first, A)
+    return lora_pro.Projections(share * N.on_A, share * N.on_B)
+
+
+def _full(
+    group: dict[str, Any], state: dict[str, Any], here: _Here, live: list[bool]
+) -> lora_pro.Projections:
+    """Adam's direction N by its projections; moments of W's size."""
+    gradient = lora_pro.dense(here.A, here.B, here.gradient, here.metric)
+    N = adam_direction(state, gradient, group, live)
+    return lora_pro.projections_of(N, here.A, here.B)

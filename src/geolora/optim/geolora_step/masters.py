@@ -12,7 +12,7 @@ from torch import Tensor
 
 from geolora.kernels.tangent import transport
 from geolora.optim.buckets import computed_in, pairs_of, scales_of
-from geolora.optim.rank_cycle import by_gain
+from geolora.optim.geolora_step.rank_cycle import by_gain
 from geolora.optim.saved_state import Shapes
 from geolora.pairs.find import refuse_unreachable
 from geolora.pairs.point import balanced_maps, read_pair, scaled_pair, slot_lengths, slot_ranks

@@ -15,8 +15,8 @@ from geolora.kernels.augment import Span, combine, span_of, stack_spans
 from geolora.kernels.tangent import norm, transport
 from geolora.methods import geolora as method
 from geolora.optim.buckets import pairs_of, stacked_gradients
-from geolora.optim.masters import Masters
-from geolora.optim.rank_cycle import by_gain, new_probes, phase_of
+from geolora.optim.geolora_step.masters import Masters
+from geolora.optim.geolora_step.rank_cycle import by_gain, new_probes, phase_of
 from geolora.pairs.point import scaled_pair
 from geolora.pairs.sharded import is_sharded, write_factors
 

@@ -6,7 +6,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from geolora.optim.bucket_step import BucketStep
+from geolora.optim.geolora_step.bucket_step import BucketStep
 
 WORTH = 2500
 """Squares of slots, over all layers, that one more width must save: what its calls cost on a CPU."""
@@ -64,7 +64,7 @@ def cheapest_widths(needed: Sequence[int], r: int) -> list[int]:
     more width twice 0.8 ms: the cheapest choice is taken.
     """
     full = min(r, even(max(needed)))
-    lower = [share for share in sorted({even(-(-full // part)) for part in (2, 4)}) if share < full]
+    lower = [share for share in sorted({even(-(-full // n)) for n in (2, 4)}) if share < full]
 
     def width(need: int, choice: tuple[int, ...]) -> int:
         return next((share for share in choice if need <= share), full)

@@ -9,8 +9,8 @@ from torch import Tensor
 from geolora.kernels.augment import Span
 from geolora.kernels.truncate import settled_ranks
 from geolora.methods import geolora as method
-from geolora.optim.bucket_step import BucketStep, Chunk, both_sides
-from geolora.optim.rank_cycle import by_gain
+from geolora.optim.geolora_step.bucket_step import BucketStep, Chunk, both_sides
+from geolora.optim.geolora_step.rank_cycle import by_gain
 
 SOFTEN = 0.01
 """e of the soft sign of an adaptive step; measured (docs/decisions.md)."""
