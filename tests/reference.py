@@ -304,6 +304,33 @@ def rac_lora(pairs: list[Pair], t: int, lr: float, each: int = 2, blocks: int = 
         pair.B[:, slots] -= lr * direction
 
 
+def lora_muon(pairs: list[Pair], t: int, lr: float, beta: float = 0.9, decay: float = 0.01) -> None:
+    """Polar factors by singular values, inverse roots by pseudo-inverses."""
+    for pair in pairs:
+        A, B, eta = pair.A, pair.B, lr / pair.s
+        m_A = beta * pair.memory.get("A", 0.0 * A) + (1 - beta) * pair.g_A
+        m_B = beta * pair.memory.get("B", 0.0 * B) + (1 - beta) * pair.g_B
+        pair.memory.update(A=m_A, B=m_B)
+        R_A, R_B = inverse_root(A @ A.mT), inverse_root(B.mT @ B)
+        D_B, D_A = polar(m_B @ R_A) @ R_A, R_B @ polar(R_B @ m_A)
+        c = (1 - decay * eta) ** 0.5
+        pair.A, pair.B = c * A - eta / 2 * D_A / c, c * B - eta / 2 * D_B / c
+
+
+def inverse_root(gram: Tensor) -> Tensor:
+    """The pseudo-inverse's root."""
+    P, values, _ = torch.linalg.svd(gram)
+    real = values > 1e-12 * values[0]
+    return P[:, real] @ torch.diag(values[real] ** -0.5) @ P[:, real].mT
+
+
+def polar(X: Tensor) -> Tensor:
+    """P Q^T of X = P diag(t) Q^T, without what is zero."""
+    P, values, Qt = torch.linalg.svd(X, full_matrices=False)
+    real = values > 1e-6 * values[0]
+    return P[:, real] @ Qt[real]
+
+
 STEPS: dict[str, Callable[..., None]] = {
     "geolora": geolora,
     "lora": lora,
@@ -311,6 +338,7 @@ STEPS: dict[str, Callable[..., None]] = {
     "riemannian": riemannian,
     "lora-pro": lora_pro,
     "lora-sb": lora_sb,
+    "lora-muon": lora_muon,
     "rac-lora": rac_lora,
 }
 """Method -> (pairs, t, lr): one step, in place."""

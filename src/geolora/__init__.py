@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from geolora.adapters.prune import prune, ranks, suggest_budget
     from geolora.adapters.verify import verify
     from geolora.optim.geolora import GeoLoRA
+    from geolora.optim.lora_muon import LoRAMuon
     from geolora.optim.lora_pro import LoRAPro
     from geolora.optim.lora_sb import LoRASB
     from geolora.optim.rac_lora import RACLoRA
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GeoLoRA",
+    "LoRAMuon",
     "LoRAPro",
     "LoRASB",
     "RACLoRA",
@@ -45,6 +47,7 @@ __all__ = [
 
 _HOME = {
     "GeoLoRA": "geolora.optim.geolora",
+    "LoRAMuon": "geolora.optim.lora_muon",
     "LoRAPro": "geolora.optim.lora_pro",
     "LoRASB": "geolora.optim.lora_sb",
     "RACLoRA": "geolora.optim.rac_lora",

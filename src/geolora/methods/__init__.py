@@ -240,6 +240,18 @@ ROWS = (
         ),
     ),
     Method(
+        "lora-muon",
+        "LoRA-Muon",
+        "steepest descent of W under the spectral norm, half of it by each factor",
+        "2606.12921",
+        "optimizer",
+        mathematics="geolora.methods.lora_muon:directions",
+        public=("LoRAMuon",),
+        optimizer="geolora.optim.lora_muon:LoRAMuon",
+        defaults="`lr` 3e-2, beta 0.9, decay 0.01",
+        notes="roots and signs are exact; B = 0 is an ordinary point; `lr` is the spectral norm of a step of W",
+    ),
+    Method(
         "lora-then-truncate",
         "LoRA, then truncated",
         "LoRA, cut to --budget at the end by PEFT's convert_to_lora",
