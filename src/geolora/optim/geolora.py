@@ -47,7 +47,7 @@ class GeoLoRA(LowRankOptimizer):
     be blind. The pair keeps its shape: slots that are not in use are zero on both sides.
 
     Args:
-        model: a PeftModel, or any module with LoRA layers (see `pairs.py` for which are treated).
+        model: a PeftModel, or any module with LoRA layers (see `pairs/find.py` for which are treated).
             It is not written before the first step. Whatever else is trainable (heads, biases,
             embeddings) is trained by AdamW.
         lr: step size; None takes a default per `moments`. With "none" and "momentum": how far W moves per

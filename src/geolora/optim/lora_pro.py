@@ -20,7 +20,7 @@ class LoRAPro(BucketwiseOptimizer):
     factors move so that W moves by -lr P(W)N to first order, and as little else as possible.
 
     Args:
-        model: a PeftModel, or any module with LoRA layers (see `pairs.py`).
+        model: a PeftModel, or any module with LoRA layers (see `pairs/find.py`).
         lr: change of the entries of W in a step, about; the same unit as Adam's in full fine-tuning.
         rest_lr: AdamW's step size for everything else that is trainable.
         moments: "tangent" (state of an adapter's size: the first moment stays in the tangent space, the

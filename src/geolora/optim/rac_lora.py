@@ -22,7 +22,7 @@ class RACLoRA(BucketwiseOptimizer):
     of earlier blocks are frozen, and their sum is an ordinary adapter: `geolora.export(rank=)` cuts it.
 
     Args:
-        model: a PeftModel, or any module with LoRA layers (see `pairs.py`); r slots are split over the blocks.
+        model: a PeftModel, or any module with LoRA layers (see `pairs/find.py`); r slots are split over the blocks.
         steps_per_block: optimizer steps a block is trained for; the last goes on for ever. 1 or more.
         blocks: length of the chain, 1 to r.
         lr: AdamW's step size for the columns of B.

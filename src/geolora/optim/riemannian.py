@@ -21,7 +21,7 @@ class RiemannianAdamW(BucketwiseOptimizer):
     taken as the separate pairs they are.
 
     Args:
-        model: a PeftModel, or any module with LoRA layers (see `pairs.py`).
+        model: a PeftModel, or any module with LoRA layers (see `pairs/find.py`).
         lr: AdamW's step size for the factors.
         rest_lr: that for everything else that is trainable.
         damping: above 0; what keeps a solve from blowing up while a factor is small (B starts at 0).
