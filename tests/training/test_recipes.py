@@ -24,6 +24,7 @@ from rows import reviews
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 RANK = 6
+LEARNT = 0.8
 LRS = {
     "geolora": 3e-2,
     "lora-pro": 1e-2,
@@ -60,7 +61,14 @@ def settings(model: Path, method: str, **more: object) -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def outcomes(model: Path, data: Data) -> dict[str, task.Outcome]:
-    return {method: task.train(settings(model, method), data) for method in TRAINABLE}
+    """Every method of the table, at its step size here or, where it has learnt nothing, a larger one."""
+    trained = {}
+    for method in TRAINABLE:
+        for lr in (LRS.get(method, 2e-2), 6e-2):
+            trained[method] = task.train(settings(model, method, lr=lr, overwrite=True), data)
+            if trained[method].report["value"] > LEARNT:
+                break
+    return trained
 
 
 # peft 0.21 says this of every AdaLoRA adapter it wrote itself
@@ -80,7 +88,7 @@ def test_stock_peft_predicts_what_was_scored(
     close = (logits[:, 0] - logits[:, 1]).abs() < 1e-4
     wrong = (logits.argmax(-1) != torch.tensor(outcome.predictions)) & ~close
     assert not wrong.any()
-    assert outcome.report["value"] > 0.8, "it has learnt something worth the check"
+    assert outcome.report["value"] > LEARNT, "something worth the check"
     assert outcome.report["method"] == method
 
 
