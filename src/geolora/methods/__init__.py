@@ -106,7 +106,7 @@ ROWS = (
         "optimizer",
         optimizer="geolora.optim.lora_plus:lora_plus",
         notes=(
-            "`lr` is the step of A, 2e-4 if not given, B takes 16 times as much; heads keep `--rest-"
+            "`lr` is the step of A, 7e-4 if not given, B takes 16 times as much; heads keep `--rest-"
             "lr`, where PEFT would give them the step of A or B"
         ),
     ),

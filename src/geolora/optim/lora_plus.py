@@ -10,7 +10,7 @@ from geolora.optim.lora import is_factor, refuse_without_lora
 
 
 def lora_plus(
-    model: nn.Module, lr: float = 2e-4, rest_lr: float = 1e-3, ratio: float = 16.0
+    model: nn.Module, lr: float = 7e-4, rest_lr: float = 1e-3, ratio: float = 16.0
 ) -> torch.optim.AdamW:
     """PEFT's LoRA+ over torch's AdamW, without weight decay.
 
