@@ -106,8 +106,8 @@ ROWS = (
         "optimizer",
         optimizer="geolora.optim.lora_plus:lora_plus",
         notes=(
-            "`lr` is the step of A, 7e-4 if not given, B takes 16 times as much; heads keep `--rest-"
-            "lr`, where PEFT would give them the step of A or B"
+            "`lr` is the step of A, 7e-4 if not given, B takes 16 times as much; heads keep "
+            "`--rest-lr`, where PEFT would give them the step of A or B"
         ),
     ),
     Method(
