@@ -280,3 +280,33 @@ def test_gradients_that_are_not_finite_skip_the_step(make: Make) -> None:
 def test_closures_are_refused(make: Make) -> None:
     with pytest.raises(SetupError, match="closures"):
         make(lora_net(r=3)).step(lambda: 0.0)
+
+
+@pytest.mark.parametrize("key", OURS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_is_no_pair_learns_in_half_precision(key: str, dtype: torch.dtype) -> None:
+    """In float16 AdamW's eps is zero; in bfloat16 a step of 1e-3 rounds to nothing."""
+    model = lora_net(r=3)
+    optimizer = made(CASES[key], model, rest_lr=1e-3)
+    (head,) = [g for g in optimizer.param_groups if g["kind"] == "rest"]
+    with torch.no_grad():
+        for p in head["params"]:
+            p.data = torch.full_like(p, 1.0, dtype=dtype)
+    for step in range(50):
+        for p in head["params"]:
+            p.grad = torch.full_like(p, 1e-4 if step % 2 else 2e-4)
+        optimizer.step()
+    for p in head["params"]:
+        assert p.dtype == dtype
+        assert p.isfinite().all()
+        assert (p < 0.97).all(), "fifty steps of 1e-3"
+    twin = copy.deepcopy(optimizer)
+    twin.load_state_dict(through_bytes(optimizer.state_dict()))
+    for ours, theirs in zip(head["params"], twin.param_groups[-1]["params"], strict=True):
+        for o, p in ((optimizer, ours), (twin, theirs)):
+            with torch.no_grad():
+                p.copy_(torch.full_like(p, 2.0))  # somebody else
+            p.grad = torch.full_like(p, 1e-4)
+            o.step()
+        assert torch.equal(ours, theirs)
+        assert (ours > 1.9).all()

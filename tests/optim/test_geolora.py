@@ -780,3 +780,34 @@ def test_slots_are_counted_anew_after_every_judgement_whichever_layers_take_part
         assert ranks[5] < 4 < ranks[-1], "more than what the first count holds"
         ends.append(snapshot(model))
     assert same(*ends)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("write", ["mul_", "copy_", "assigned"])
+def test_factors_written_through_data_are_read_again(write: str, dtype: torch.dtype) -> None:
+    """As moving averages do it: no version counts up."""
+    model = lora_net(dtype=dtype)
+    twin = copy.deepcopy(model)
+    optimizers = [geolora.GeoLoRA(one, lr=1e-3, prune_every=None) for one in (model, twin)]
+    for one, optimizer in zip((model, twin), optimizers, strict=True):
+        train(one, optimizer, 3, dtype=dtype)
+    average = {name: 0.1 * p.detach().clone() for name, p in model.named_parameters()}
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                if write == "mul_":
+                    p.data.mul_(0.1)
+                elif write == "copy_":
+                    p.data.copy_(average[name])
+                else:
+                    p.data = average[name].clone()
+        for name, p in twin.named_parameters():
+            if "lora_" in name:
+                p.copy_(average[name])
+    before = products(model)
+    for one, optimizer in zip((model, twin), optimizers, strict=True):
+        train(one, optimizer, 1, dtype=dtype)
+    after, wanted = products(model), products(twin)
+    for name in before:
+        assert torch.equal(after[name], wanted[name])
+        assert not torch.equal(after[name], before[name])

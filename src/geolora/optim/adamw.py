@@ -42,6 +42,8 @@ def adamw_step(
 ) -> None:
     """One step of AdamW for the parameters of a group that have a gradient; makes their state.
 
+    Parameters narrower than float32 have float32 masters, `master` in their state.
+
     Args:
         values, grads: what to move, in place, instead of those parameters, and along what instead of
             their gradients, in their order.
@@ -50,22 +52,42 @@ def adamw_step(
     if not params:
         return
     values = params if values is None else values
-    for p, value in zip(params, values, strict=True):
-        if not state[p]:
-            state[p] = {
-                "step": torch.zeros((), dtype=torch.float32),
-                "exp_avg": torch.zeros_like(value),
-                "exp_avg_sq": torch.zeros_like(value),
-            }
+    moved = [_master_of(state[p], value) for p, value in zip(params, values, strict=True)]
+    grads = [p.grad for p in params] if grads is None else grads
     adamw(
-        values,
-        [p.grad for p in params] if grads is None else grads,
+        moved,
+        [grad.to(master.dtype) for grad, master in zip(grads, moved, strict=True)],
         [state[p]["exp_avg"] for p in params],
         [state[p]["exp_avg_sq"] for p in params],
         [],
         [state[p]["step"] for p in params],
         **adamw_settings(group),
     )
+    for value, master in zip(values, moved, strict=True):
+        if master is not value:
+            value.copy_(master)
+
+
+def _master_of(state: dict[str, Any], value: Tensor) -> Tensor:
+    """What AdamW moves for a parameter: the value itself or, where that is narrower than float32, its master.
+
+    In float16 AdamW's eps is zero and a head is NaN after one step; in bfloat16 most steps round to nothing.
+    Where somebody else has written the value since, the master is that value.
+    """
+    narrow = torch.finfo(value.dtype).bits < 32
+    if not state:
+        like = value.float() if narrow else value
+        state["step"] = torch.zeros((), dtype=torch.float32)
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(like), torch.zeros_like(like)
+    if not narrow:
+        return value
+    if "master" not in state:  # as version 0.1.0 left it
+        state["master"] = value.detach().float()
+        for key in ("exp_avg", "exp_avg_sq"):
+            state[key] = state[key].float()
+    master = state["master"]
+    master.copy_(torch.where(master.to(value.dtype) == value, master, value.float()))
+    return master
 
 
 # ---- stacks of pairs -----------------------------------------------------------------------------

@@ -5,7 +5,7 @@ somebody else has written A or B since (a reload, an initialiser, `prune`), they
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from geolora.optim.geolora_step.rank_cycle import by_gain
 from geolora.optim.saved_state import Shapes
 from geolora.pairs.find import refuse_unreachable
 from geolora.pairs.point import balanced_maps, read_pair, scaled_pair, slot_lengths, slot_ranks
-from geolora.pairs.sharded import gathered, local_shard
+from geolora.pairs.sharded import gathered, is_sharded, local_shard
 
 
 def master_shapes(group: dict[str, Any], settings: dict[str, Any]) -> Shapes:
@@ -39,7 +39,7 @@ class Masters:
 
     def __init__(self, group: dict[str, Any], states: Mapping[Tensor, dict[str, Any]]) -> None:
         self.group, self._states = group, states
-        self._prints: list[tuple[int, int]] | None = None
+        self._prints: _Prints | None = None
         """What told the factors when their maps were right; None where that is not known."""
         self._maps: tuple[Tensor, Tensor] | None = None
         self._constants: tuple[list[int], Tensor, Tensor] | None = None
@@ -76,7 +76,7 @@ class Masters:
         their momentum is carried over.
         """
         prints = _fingerprints(self.group["params"])
-        if self._prints == prints and self._maps is not None:
+        if self._maps is not None and prints.same(self._prints):
             right, left = self._maps
             return (right.diag_embed(), left.diag_embed()), False
         state = self.state
@@ -129,6 +129,39 @@ class Masters:
         self._prints = None
 
 
-def _fingerprints(params: list[Tensor]) -> list[tuple[int, int]]:
-    """What changes when a parameter is written or swapped by somebody else."""
-    return [(p._version, local_shard(p).data_ptr()) for p in params]
+class _Prints(NamedTuple):
+    """What tells whether factors have been written or swapped by somebody else.
+
+    A write counts up a version, but not one through `.data` (exponential moving averages do so): some entries
+    of each factor are looked at too. Of sharded factors they are not, since all processes must decide alike.
+    """
+
+    versions: list[tuple[int, int]]
+    entries: Tensor | None
+
+    def same(self, other: "_Prints | None") -> bool:
+        if other is None or self.versions != other.versions:
+            return False
+        return self.entries is None or bool(
+            other.entries is not None and torch.equal(self.entries, other.entries)
+        )
+
+
+ENTRIES = 16
+"""Entries of a factor that are looked at."""
+
+
+def _fingerprints(params: list[Tensor]) -> _Prints:
+    versions = [(p._version, local_shard(p).data_ptr()) for p in params]
+    if any(map(is_sharded, params)):
+        return _Prints(versions, None)
+    return _Prints(versions, torch.cat([_some_of(p.detach()) for p in params]))
+
+
+def _some_of(factor: Tensor) -> Tensor:
+    """Entries at equal distances: a view where the factor is contiguous."""
+    distance = max(1, factor.numel() // ENTRIES)
+    count = min(ENTRIES, factor.numel())
+    if not factor.is_contiguous():
+        return factor.flatten()[::distance][:count]
+    return factor.as_strided((count,), (distance,))
