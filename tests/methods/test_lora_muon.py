@@ -68,7 +68,7 @@ def test_lr_is_the_size_of_a_step_of_w_whatever_the_scale(scale: float) -> None:
 def test_bad_settings() -> None:
     model = lora_net(r=3, scale=0.5)
     for settings, words in (
-        ({"beta": 1.0}, "`beta` must be in"),
+        ({"momentum": 1.0}, "`momentum` must be in"),
         ({"decay": -1.0}, "`decay` must be a number >= 0"),
         ({"lr": 1.0, "decay": 0.5}, "`decay` must be below LoRA's scale / lr, 0.5 / 1.0; got 0.5"),
         ({"lr": -1.0}, "`lr` must be a number >= 0"),

@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 import geolora
 import reference
-from geolora.errors import NonFiniteGradientError, SetupError, SkippedStepWarning, StateError
+from geolora.errors import (
+    NonFiniteGradientError,
+    SettingError,
+    SetupError,
+    SkippedStepWarning,
+    StateError,
+)
 from geolora.methods import METHODS, OPTIMIZERS, TRAINABLE, method_of, resolve
 from geolora.pairs.find import find_pairs
 from models import Net, backward, lora_net, products, same, snapshot, train
@@ -280,6 +286,105 @@ def test_gradients_that_are_not_finite_skip_the_step(make: Make) -> None:
 def test_closures_are_refused(make: Make) -> None:
     with pytest.raises(SetupError, match="closures"):
         make(lora_net(r=3)).step(lambda: 0.0)
+
+
+# ---- torch's contract --------------------------------------------------------------------------
+
+
+def test_schedulers_at_their_defaults_cycle(make: Make) -> None:
+    for scheduler, more in (
+        (torch.optim.lr_scheduler.OneCycleLR, {"max_lr": 1e-2, "total_steps": 6}),
+        (torch.optim.lr_scheduler.CyclicLR, {"base_lr": 1e-4, "max_lr": 1e-2, "step_size_up": 3}),
+        (torch.optim.lr_scheduler.CosineAnnealingLR, {"T_max": 5}),
+        (torch.optim.lr_scheduler.LinearLR, {}),
+    ):
+        model = lora_net(r=3)
+        optimizer = make(model)
+        schedule = scheduler(optimizer, **more)
+        before = snapshot(model)
+        for _ in range(4):
+            backward(model)
+            optimizer.step()
+            schedule.step()
+        assert not same(before, snapshot(model))
+
+
+def test_hooks_around_a_step_and_a_state_are_called(make: Make) -> None:
+    model = lora_net(r=3)
+    optimizer = make(model)
+    said: list[str] = []
+    optimizer.register_step_pre_hook(lambda *_: said.append("before"))
+    optimizer.register_step_post_hook(lambda *_: said.append("after"))
+    train(model, optimizer, 1)
+    assert said == ["before", "after"]
+    saved = optimizer.state_dict()
+    for group in saved["param_groups"]:
+        group["lr"] = 0.125
+
+    def halved(_: Any, state: dict[str, Any]) -> dict[str, Any]:
+        said.append("loading")
+        groups = [{**group, "lr": group["lr"] / 2} for group in state["param_groups"]]
+        return {**state, "param_groups": groups}
+
+    optimizer.register_load_state_dict_pre_hook(halved)
+    optimizer.register_load_state_dict_post_hook(lambda *_: said.append("loaded"))
+    optimizer.load_state_dict(saved)
+    assert said[2:] == ["loading", "loaded"]
+    assert {group["lr"] for group in optimizer.param_groups} == {0.0625}
+
+
+def test_a_step_size_that_is_none_is_refused_at_the_step(make: Make) -> None:
+    model = lora_net(r=3)
+    optimizer = make(model)
+    backward(model)
+    before = snapshot(model)
+    for wrong in (float("nan"), float("inf"), -1.0):
+        optimizer.param_groups[-1]["lr"] = wrong
+        with pytest.raises(SettingError, match="`lr` of a param group must be a number >= 0; got"):
+            optimizer.step()
+    assert same(before, snapshot(model))
+
+
+@pytest.mark.parametrize("value", ["1e-3", True, None, [1e-3], float("nan")])
+def test_settings_of_another_type_are_one_line(make: Make, value: Any) -> None:
+    for name in ("lr", "rest_lr"):
+        if value is None and name == "lr":
+            continue  # a default
+        with pytest.raises(SettingError, match=f"`{name}` must be a number >= 0; got"):
+            make(lora_net(r=3), **{name: value})
+
+
+def test_a_state_with_nan_is_refused(make: Make) -> None:
+    model = lora_net(r=3)
+    optimizer = make(model)
+    train(model, optimizer, 2)
+    saved = through_bytes(optimizer.state_dict())
+    for values in saved["state"].values():
+        for value in values.values():
+            if isinstance(value, Tensor) and value.dim() > 1:
+                value[0].fill_(torch.nan)
+    with pytest.raises(StateError, match="must be finite; it holds NaN"):
+        optimizer.load_state_dict(saved)
+
+
+def test_finite_gradients_whose_sum_overflows_are_not_called_otherwise(make: Make) -> None:
+    model = lora_net(r=3)
+    optimizer = make(model)
+    backward(model)
+    for pair in find_pairs(model):
+        pair.A.grad.fill_(1e308)
+        pair.B.grad.fill_(1e308)
+    before = snapshot(model)
+    with pytest.warns(SkippedStepWarning, match="skipped, gradients too large to add up in all"):
+        optimizer.step()
+    assert same(before, snapshot(model))
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_start_that_changes_the_base_is_warned_of_at_once(start: str) -> None:
+    model = lora_net(r=3, dtype=torch.float32, init_lora_weights=start)
+    with pytest.warns(geolora.errors.GeoloraWarning, match=f"start '{start}' changed the base"):
+        geolora.RiemannianAdamW(model)
 
 
 @pytest.mark.parametrize("key", OURS)

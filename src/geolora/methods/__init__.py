@@ -248,7 +248,7 @@ ROWS = (
         mathematics="geolora.methods.lora_muon:directions",
         public=("LoRAMuon",),
         optimizer="geolora.optim.lora_muon:LoRAMuon",
-        defaults="`lr` 3e-2, beta 0.9, decay 0.01",
+        defaults="`lr` 3e-2, momentum 0.9, decay 0.01",
         notes="roots and signs are exact; B = 0 is an ordinary point; `lr` is the spectral norm of a step of W",
     ),
     Method(

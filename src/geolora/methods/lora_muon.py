@@ -7,7 +7,7 @@ What this file computes: the steepest descent of W = s B A under the spectral no
 Symbols: m_A, m_B = averages of the factors' gradients; msign(X) = P Q^T for X = P diag(t) Q^T.
 Differences: roots and signs by eigenvalues in float64 instead of 7 and 8 iterations; pseudo-inverses, so that
     B = 0 is an ordinary point (D_A = 0 there); lr is per W, whatever LoRA's scale s.
-Defaults: beta 0.9 and decay 0.01 as in the paper; lr measured (docs/decisions.md).
+Defaults: momentum (the paper's beta) 0.9 and decay 0.01 as in the paper; lr measured (docs/decisions.md).
 """
 
 import torch

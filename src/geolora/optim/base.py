@@ -7,12 +7,20 @@ finite, states of another model or method refused, factors that FSDP2 has sharde
 import math
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from numbers import Integral, Real
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from geolora.errors import SettingError, SetupError, UnpairedParametersWarning, at_most_three
+from geolora.errors import (
+    GeoloraWarning,
+    SettingError,
+    SetupError,
+    UnpairedParametersWarning,
+    at_most_three,
+)
 from geolora.optim.adamw import SETTINGS, adamw_step, rest_groups
 from geolora.optim.buckets import (
     bucket_group,
@@ -24,7 +32,13 @@ from geolora.optim.buckets import (
 )
 from geolora.optim.nonfinite import to_be_skipped, total
 from geolora.optim.saved_state import Shapes, load_keeping_dtypes, refuse_other_state
-from geolora.pairs.find import Pair, refuse_frozen, unpaired_lora_layers
+from geolora.pairs.find import (
+    KEEPS_BASE,
+    Pair,
+    refuse_frozen,
+    start_of,
+    unpaired_lora_layers,
+)
 from geolora.pairs.sharded import gathered
 
 
@@ -48,8 +62,9 @@ class LowRankOptimizer(torch.optim.Optimizer, ABC):
     ) -> None:
         """`settings` are those of every bucket, `lr` among them."""
         for name, value in (("lr", settings["lr"]), ("rest_lr", rest_lr)):
-            self._demand(name, value, value >= 0 and math.isfinite(value), "a number >= 0")
+            self._number(name, value, "a number >= 0", lambda v: v >= 0)
         refuse_frozen(pairs)
+        self._warn_of(model, adapter_name)
         self._forget()
         groups = [
             {
@@ -62,14 +77,9 @@ class LowRankOptimizer(torch.optim.Optimizer, ABC):
             for bucket in by_shape(pairs)
         ]
         groups += rest_groups(model, groups, rest_lr)
-        if unpaired := unpaired_lora_layers(model, adapter_name):
-            warnings.warn(
-                f"{type(self).__name__}: LoRA on embeddings is trained by AdamW: "
-                f"{at_most_three(unpaired)}.",
-                UnpairedParametersWarning,
-                stacklevel=3,
-            )
-        super().__init__(groups, {"lr": settings["lr"], "rest_lr": rest_lr})
+        # schedulers that cycle a momentum ask for these
+        cycled = {key: settings[key] for key in ("momentum", "betas") if key in settings}
+        super().__init__(groups, {"lr": settings["lr"], "rest_lr": rest_lr, **cycled})
 
     @abstractmethod
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -95,7 +105,14 @@ class LowRankOptimizer(torch.optim.Optimizer, ABC):
 
     # ---- pieces of a step ------------------------------------------------------------------------
 
-    def _refuse_closure(self, closure: None) -> None:
+    def _refuse_what_cannot_step(self, closure: None) -> None:
+        """Refuse a closure, and a step size that a scheduler or a program has made none."""
+        for group in self.param_groups:
+            if not (group["lr"] >= 0 and math.isfinite(group["lr"])):
+                raise SettingError(
+                    f"{type(self).__name__}.step: `lr` of a param group must be a number >= 0; got "
+                    f"{group['lr']}. Look at the scheduler."
+                )
         if closure is not None:
             raise SetupError(
                 f"{type(self).__name__}.step: closures are not supported. Compute the loss and call "
@@ -117,7 +134,12 @@ class LowRankOptimizer(torch.optim.Optimizer, ABC):
         rest = [g for group in self._rest() for p in group["params"] if (g := p.grad) is not None]
         totals = totals + [total(gathered(g)) for g in rest]
         groups = self._paired()
-        return to_be_skipped(type(self).__name__, groups[0], totals, lambda: not_finite(groups))
+
+        def culprits() -> list[str]:
+            outside = any(not gathered(g).isfinite().all() for g in rest)
+            return not_finite(groups) + ["parameters outside the pairs"] * outside
+
+        return to_be_skipped(type(self).__name__, groups[0], totals, culprits)
 
     def _step_rest(self) -> None:
         for group in self._rest():
@@ -132,9 +154,15 @@ class LowRankOptimizer(torch.optim.Optimizer, ABC):
             StateError: the state is of another method, of other layers or shapes, or not whole; nothing is
                 changed.
         """
-        who = type(self).__name__
+        who, hooks = type(self).__name__, self._optimizer_load_state_dict_pre_hooks
+        for hook in hooks.values():  # torch's come before its own checks, so here too
+            state_dict = hook(self, state_dict) or state_dict
         refuse_other_state(who, self.param_groups, state_dict, self._shapes, self.holder)
-        load_keeping_dtypes(self, super().load_state_dict, state_dict)
+        self._optimizer_load_state_dict_pre_hooks = type(hooks)()
+        try:
+            load_keeping_dtypes(self, super().load_state_dict, state_dict)
+        finally:
+            self._optimizer_load_state_dict_pre_hooks = hooks
         for group in self._paired():
             group["method"] = self.method
         self._forget()
@@ -156,11 +184,56 @@ class LowRankOptimizer(torch.optim.Optimizer, ABC):
                 f"{type(self).__name__}: `{name}` must be {condition}; got {value!r}."
             )
 
+    def _number(
+        self,
+        name: str,
+        value: Any,
+        condition: str,
+        met: Callable[[Any], bool],
+        optional: bool = False,
+    ) -> None:
+        """Demand a finite number (one in a tensor too) that meets a condition, or None where it is optional."""
+        good = (optional and value is None) or (_is_number(value) and met(value))
+        self._demand(name, value, good, condition)
+
+    def _whole(
+        self, name: str, value: Any, least: int, condition: str, optional: bool = False
+    ) -> None:
+        """Demand a whole number from `least` on, or None where it is optional."""
+        good = isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+        self._demand(name, value, good or (optional and value is None), condition)
+
     def _demand_adams(self, betas: tuple[float, float], eps: float) -> None:
         """Adam's settings, where a method has them."""
-        self._demand("eps", eps, eps > 0, "a number > 0")
-        good = all(0 <= beta < 1 for beta in betas)
+        self._number("eps", eps, "a number > 0", lambda v: v > 0)
+        pair = isinstance(betas, tuple | list) and len(betas) == 2
+        good = pair and all(_is_number(beta) and 0 <= beta < 1 for beta in betas)
         self._demand("betas", betas, good, "two numbers in [0, 1)")
+
+    def _warn_of(self, model: nn.Module, adapter_name: str | None) -> None:
+        """Say at once what is trained in another way, or cannot be exported."""
+        if unpaired := unpaired_lora_layers(model, adapter_name):
+            warnings.warn(
+                f"{type(self).__name__}: LoRA on embeddings is trained by AdamW: "
+                f"{at_most_three(unpaired)}.",
+                UnpairedParametersWarning,
+                stacklevel=4,
+            )
+        start = start_of(model, adapter_name)
+        if start not in KEEPS_BASE:
+            warnings.warn(
+                f"{type(self).__name__}: the start {start!r} changed the base weights, so the pairs alone are "
+                "not the adapter: geolora.export will refuse it. Save it with peft's save_pretrained("
+                "path_initial_model_for_weight_conversion=…), or choose another init_lora_weights.",
+                GeoloraWarning,
+                stacklevel=4,
+            )
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and bool(value.isfinite().all())
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 class BucketGradients(NamedTuple):
@@ -188,7 +261,7 @@ class BucketwiseOptimizer(LowRankOptimizer):
         In order: the gradients of all buckets are read; nothing moves where one is not finite; pairs that the
         method cannot go on from are refused; then every bucket moves, and what is no pair.
         """
-        self._refuse_closure(closure)
+        self._refuse_what_cannot_step(closure)
         buckets = self._read_gradients()
         if self._skips([total(grad) for bucket in buckets for grad in (bucket.on_A, bucket.on_B)]):
             return

@@ -114,20 +114,17 @@ class GeoLoRA(LowRankOptimizer):
     ) -> None:
         self._demand("moments", moments, moments in MOMENTS, f"one of {MOMENTS}")
         lr = DEFAULT_LR[moments] if lr is None else lr
-        self._demand("momentum", momentum, 0 <= momentum < 1, "in [0, 1)")
-        self._demand("tail", tail, 0 <= tail < 1, "in [0, 1)")
-        self._demand(
-            "prune_every", prune_every, prune_every is None or prune_every >= 1, "None or >= 1"
-        )
-        self._demand(
-            "start_rank", start_rank, start_rank is None or start_rank >= 1, "None or >= 1"
-        )
-        judged = settle_after is None or settle_after >= 0
-        self._demand("settle_after", settle_after, judged, "None or >= 0")
+        self._number("momentum", momentum, "in [0, 1)", lambda v: 0 <= v < 1)
+        self._number("tail", tail, "in [0, 1)", lambda v: 0 <= v < 1)
+        for name, value, least in (
+            ("prune_every", prune_every, 1),
+            ("start_rank", start_rank, 1),
+            ("settle_after", settle_after, 0),
+        ):
+            self._whole(name, value, least, f"None or >= {least}, a whole number", optional=True)
         kept = budget is None or prune_every is not None or settle_after is not None
         self._demand("budget", budget, kept, "None where `prune_every` and `settle_after` are None")
-        bounded = max_tangent_norm is None or max_tangent_norm > 0
-        self._demand("max_tangent_norm", max_tangent_norm, bounded, "None or > 0")
+        self._number("max_tangent_norm", max_tangent_norm, "None or > 0", lambda v: v > 0, True)
 
         pairs = find_pairs(model, adapter_name, with_sharded=True)
         for pair in pairs:
@@ -225,7 +222,7 @@ class GeoLoRA(LowRankOptimizer):
         6. judge: where the cycle says so, ranks are cut by tail and budget.
         7. write: U, sigma, V, the momentum, and A and B, with a probe where ranks grow.
         """
-        self._refuse_closure(closure)
+        self._refuse_what_cannot_step(closure)
         steps = self._read()
         if self._skips([total(grad) for step in steps for grad in step.all_gradients()]):
             return

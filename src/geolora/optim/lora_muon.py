@@ -1,6 +1,5 @@
 """`LoRAMuon`; the mathematics is in `methods/lora_muon.py`."""
 
-import math
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ class LoRAMuon(BucketwiseOptimizer):
         model: a PeftModel, or any module with LoRA layers (see `pairs/find.py`).
         lr: spectral norm of a step's change of W, half of it by B and half by A, whatever lora_alpha is.
         rest_lr: AdamW's step size for everything else that is trainable.
-        beta: of the average of each factor's gradients, in [0, 1).
+        momentum: of the average of each factor's gradients, in [0, 1).
         decay: share of W that is lost per step and lr; decay * lr / s must be below 1, s being LoRA's scale.
         adapter_name: which adapter of the model; None for the active one.
 
@@ -45,16 +44,17 @@ class LoRAMuon(BucketwiseOptimizer):
         lr: float = 3e-2,
         *,
         rest_lr: float = 1e-3,
-        beta: float = 0.9,
+        momentum: float = 0.9,
         decay: float = 0.01,
         adapter_name: str | None = None,
     ) -> None:
-        self._demand("beta", beta, 0 <= beta < 1, "in [0, 1)")
-        self._demand("decay", decay, decay >= 0 and math.isfinite(decay), "a number >= 0")
+        self._number("lr", lr, "a number >= 0", lambda v: v >= 0)
+        self._number("momentum", momentum, "in [0, 1)", lambda v: 0 <= v < 1)
+        self._number("decay", decay, "a number >= 0", lambda v: v >= 0)
         pairs = find_pairs(model, adapter_name, with_sharded=True)
         least = min(pair.scale for pair in pairs)
         self._demand("decay", decay, decay * lr < least, f"below LoRA's scale / lr, {least} / {lr}")
-        settings = {"lr": lr, "beta": beta, "decay": decay}
+        settings = {"lr": lr, "momentum": momentum, "decay": decay}
         super().__init__(model, pairs, settings, rest_lr, adapter_name)
 
     def _shapes(self, group: dict[str, Any], saved: dict[str, Any]) -> Shapes:  # noqa: ARG002
@@ -66,7 +66,7 @@ class LoRAMuon(BucketwiseOptimizer):
         state, (A, B) = self.state[group["params"][0]], stacked_factors(group)
         means = moments(state, ("mean_A", "mean_B"), (on_A, on_B))
         for mean, grad in zip(means, (on_A, on_B), strict=True):
-            move_average(mean, grad, group["beta"], live)
+            move_average(mean, grad, group["momentum"], live)
         if group["lr"] == 0:
             return
         moved = lora_muon.step(

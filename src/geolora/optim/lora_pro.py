@@ -1,6 +1,5 @@
 """`LoRAPro`; the mathematics is in `methods/lora_pro.py`."""
 
-import math
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -56,7 +55,7 @@ class LoRAPro(BucketwiseOptimizer):
         ridge: float = lora_pro.RIDGE,
         adapter_name: str | None = None,
     ) -> None:
-        self._demand("ridge", ridge, ridge >= 0 and math.isfinite(ridge), "a number >= 0")
+        self._number("ridge", ridge, "a number >= 0", lambda v: v >= 0)
         forms = ("tangent", "full")
         self._demand("moments", moments, moments in forms, f"one of {forms}")
         self._demand_adams(betas, eps)

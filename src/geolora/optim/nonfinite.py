@@ -24,7 +24,8 @@ def to_be_skipped(
 
     Args:
         who: name of the optimizer. counter: its first param group, which counts in `skipped`.
-        totals: `total` of everything that a step reads. culprits: names of layers that are not finite.
+        totals: `total` of everything that a step reads. culprits: names of what is not finite; none where
+            sums overflow.
 
     Raises:
         NonFiniteGradientError: `SKIPS_ALLOWED` steps in a row.
@@ -32,15 +33,17 @@ def to_be_skipped(
     if not totals or bool(torch.stack([t.to(totals[0]) for t in totals]).isfinite().all()):
         counter["skipped"] = 0 if totals else counter["skipped"]
         return False
-    names = culprits() or ["parameters outside the pairs"]
+    names = culprits()
+    what = "not finite in" if names else "too large to add up in"
+    names = names or ["all layers together"]
     counter["skipped"] += 1
     if counter["skipped"] >= SKIPS_ALLOWED:
         raise NonFiniteGradientError(
             f"{who}.step: gradients must be finite; {counter['skipped']} steps in a row were "
-            f"not, now in {at_most_three(names)}. Lower `lr`, or look at the loss."
+            f"not; now {what} {at_most_three(names)}. Lower `lr`, or look at the loss."
         )
     warnings.warn(
-        f"{who}.step: skipped, gradients not finite in {at_most_three(names)}. Nothing was updated.",
+        f"{who}.step: skipped, gradients {what} {at_most_three(names)}. Nothing was updated.",
         SkippedStepWarning,
         stacklevel=4,
     )

@@ -57,8 +57,9 @@ class RACLoRA(BucketwiseOptimizer):
         self._demand_adams(betas, eps)
         pairs = find_pairs(model, adapter_name, with_sharded=True)
         most = min(pair.r for pair in pairs)
-        self._demand("steps_per_block", steps_per_block, steps_per_block >= 1, "1 or more")
-        self._demand("blocks", blocks, 1 <= blocks <= most, f"from 1 to the rank, {most}")
+        self._whole("steps_per_block", steps_per_block, 1, "1 or more, a whole number")
+        self._whole("blocks", blocks, 1, f"from 1 to the rank, {most}")
+        self._demand("blocks", blocks, blocks <= most, f"from 1 to the rank, {most}")
         settings = {
             **SETTINGS,
             "kind": "pairs",

@@ -1,6 +1,5 @@
 """`RiemannianAdamW`; the mathematics is in `methods/riemannian.py`."""
 
-import math
 from typing import Any
 
 from torch import Tensor, nn
@@ -59,8 +58,8 @@ class RiemannianAdamW(BucketwiseOptimizer):
         weight_decay: float = 0.0,
         adapter_name: str | None = None,
     ) -> None:
-        self._demand("damping", damping, damping > 0 and math.isfinite(damping), "a number > 0")
-        self._demand("weight_decay", weight_decay, weight_decay >= 0, "a number >= 0")
+        self._number("damping", damping, "a number > 0", lambda v: v > 0)
+        self._number("weight_decay", weight_decay, "a number >= 0", lambda v: v >= 0)
         self._demand_adams(betas, eps)
         settings = {
             "lr": lr,

@@ -88,6 +88,11 @@ def _refuse_other_shapes(
                 f"{who}.load_state_dict: `{key}` must be {shape} for {group['layers'][0]}; "
                 f"got {tuple(first[key].shape)}. Use the rank it was saved with."
             )
+        if not bool(first[key].isfinite().all()):
+            raise StateError(
+                f"{who}.load_state_dict: `{key}` of {group['layers'][0]} must be finite; it holds NaN or "
+                "infinities. Take an earlier checkpoint."
+            )
 
 
 def load_keeping_dtypes(

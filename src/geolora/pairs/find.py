@@ -24,6 +24,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ from geolora.errors import BudgetError, PairingError, SettingError, SetupError, 
 from geolora.pairs.sharded import gathered, local_shard
 
 PREFIX = "base_model.model."
+KEEPS_BASE = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+"""Values of `init_lora_weights` that leave W0 as it is."""
 WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")
 """What DistributedDataParallel and torch.compile put before a name."""
 
@@ -165,6 +168,13 @@ def adapter_of(model: nn.Module, adapter_name: str | None = None) -> str:
     return active[0]
 
 
+def start_of(model: nn.Module, adapter_name: str | None = None) -> Any:
+    """`init_lora_weights` of an adapter; None for a model that has no configuration of it."""
+    held: Any = getattr(model, "module", model)
+    config = getattr(held, "peft_config", {}).get(adapter_of(model, adapter_name))
+    return getattr(config, "init_lora_weights", None)
+
+
 def _refuse(name: str, layer: Any, adapter: str, with_experts: bool) -> None:
     from peft.tuners.lora import ParamWrapper
 
@@ -250,6 +260,8 @@ def check_budget(
         name, advice: how the message begins and ends.
     """
     least = sum(costs)
+    if budget is not None and not (isinstance(budget, Real) and budget == budget // 1):
+        raise BudgetError(f"{name} must be a whole number of parameters; got {budget!r}.")
     if budget is not None and budget < least:
         raise BudgetError(
             f"{name} must hold one direction in every layer, {least} parameters; got {budget}.{advice}"
