@@ -219,6 +219,9 @@ def loading(config: TrainConfig, load: Callable[[str], Any]) -> Any:
 def names_of_heads(model: Any, info: Mapping[str, Any]) -> list[str]:
     """Modules to train in full: those whose weights the checkpoint did not have, and the classifier.
 
+    A module that is made of several of them alone (RoBERTa's `classifier`, of `dense` and `out_proj`) is named
+    instead of them: on loading a classifier peft looks for it by that name.
+
     Args:
         info: what `from_pretrained(output_loading_info=True)` gives.
     """
@@ -230,7 +233,25 @@ def names_of_heads(model: Any, info: Mapping[str, Any]) -> list[str]:
         and not list(module.children())
         and list(module.parameters())
     }
-    return sorted({key.rpartition(".")[0] for key in missing} | kept)
+    heads = {key.rpartition(".")[0] for key in missing} | kept
+    while wider := _made_of_heads(model, heads):
+        heads = {name for name in heads if not name.startswith(f"{wider}.")} | {wider}
+    return sorted(heads)
+
+
+def _made_of_heads(model: Any, heads: set[str]) -> str | None:
+    """A module with a forward pass whose parameters are those of several heads, and of nothing else."""
+    for parent in sorted({name.rpartition(".")[0] for name in heads} - {""}):
+        inside = [name for name in heads if name.startswith(f"{parent}.")]
+        module = model.get_submodule(parent)
+        theirs = {id(p) for name in inside for p in model.get_submodule(name).parameters()}
+        if (
+            len(inside) > 1
+            and all(id(p) in theirs for p in module.parameters())
+            and not isinstance(module, torch.nn.ModuleList | torch.nn.ModuleDict)
+        ):
+            return parent
+    return None
 
 
 def with_head(auto: Any, source: str, config: TrainConfig, **head: Any) -> tuple[Any, Any]:

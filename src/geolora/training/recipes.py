@@ -154,7 +154,12 @@ class Recipe:
         common: dict[str, Any] = {
             "lora_alpha": self.config.rank,
             "target_modules": "all-linear",
-            "exclude_modules": new or None,
+            "exclude_modules": [
+                f"{head}.{name}".rstrip(".")
+                for head in new
+                for name, _ in model.get_submodule(head).named_modules()
+            ]
+            or None,
             "modules_to_save": new or None,
         }
         # the task type only later: with it, PEFT would take any module whose name ends like a head
