@@ -21,7 +21,7 @@ from transformers import (
 import geolora
 from geolora.errors import SettingError
 from geolora.trainer import progress_callback
-from models import pairs_of, tiny_bert
+from models import lora_net, pairs_of, tiny_bert
 from rows import reviews
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
@@ -129,3 +129,35 @@ def test_the_factory_is_picklable_and_settings_are_checked() -> None:
         geolora.for_trainer("adalora")
     with pytest.raises(SettingError, match="`learning_rate` must be one of"):
         geolora.for_trainer("geolora", learning_rate=1.0)
+
+
+def test_the_rate_of_training_arguments_is_taken_where_it_was_set(tmp_path: Path) -> None:
+    def lr_of(
+        method: str = "geolora", rate: float | None = None, **settings: object
+    ) -> list[float]:
+        given = {} if rate is None else {"learning_rate": rate}
+        args = TrainingArguments(output_dir=str(tmp_path), report_to="none", **given)
+        factory, kept = geolora.for_trainer(method, args=args, **settings)
+        built = pickle.loads(pickle.dumps(factory))()(lora_net(r=2), **kept)
+        return [group["lr"] for group in built.param_groups]
+
+    assert lr_of()[0] == 7e-3, "the default of Trainer is no wish"
+    assert lr_of(rate=2e-3)[0] == 2e-3
+    assert lr_of(rate=2e-3, lr=1e-3)[0] == 1e-3
+    assert lr_of("lora", rate=2e-3) == [2e-3, 1e-3]
+
+    args = TrainingArguments(output_dir=str(tmp_path), report_to="none")
+    factory, _ = geolora.for_trainer("riemannian", args=args)
+    args.learning_rate, args.weight_decay = 4e-4, 0.1  # as a search does
+    (first, *_others) = factory()(lora_net(r=2)).param_groups
+    assert (first["lr"], first["weight_decay"]) == (4e-4, 0.1)
+    factory, _ = geolora.for_trainer("geolora", args=args)
+    with pytest.warns(geolora.errors.GeoloraWarning, match="`weight_decay`.*GeoLoRA has none"):
+        factory()(lora_net(r=2))
+
+
+def test_a_rate_that_does_nothing_is_said(folder: Path, tmp_path: Path) -> None:
+    run = trainer(folder, tmp_path, lr=1e-3)
+    run.args.learning_rate = 3e-4
+    with pytest.warns(geolora.errors.GeoloraWarning, match="`learning_rate`.*does nothing"):
+        run.train()

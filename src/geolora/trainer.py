@@ -1,26 +1,32 @@
 """`transformers.Trainer` without a patched Trainer: optimizers it can build, and a progress bar.
 
-    Trainer(model=model, optimizer_cls_and_kwargs=geolora.for_trainer("geolora", lr=3e-3), ...)
+    Trainer(model=model, args=args, optimizer_cls_and_kwargs=geolora.for_trainer("geolora", args=args), ...)
 
-Trainer's `learning_rate` is not used then: lr belongs to the method. Its gradient clipping
-(`max_grad_norm`, 1 by default) rescales the factors' gradients: set it to 0 with moments="none".
+Trainer's `learning_rate` is used with `args=` only, and where it is not the default; else lr belongs to the method.
+Its gradient clipping (`max_grad_norm`, 1 by default) rescales the factors' gradients: set it to 0 with
+moments="none".
 """
 
 import inspect
 import sys
+import warnings
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
-from geolora.errors import SettingError
+from geolora.errors import GeoloraWarning, SettingError
 from geolora.methods import METHODS, OPTIMIZERS, Method, resolve
 from geolora.optim.geolora import GeoLoRA
 
 
-def for_trainer(method: str, **settings: Any) -> tuple[Any, dict[str, Any]]:
+def for_trainer(method: str, args: Any = None, **settings: Any) -> tuple[Any, dict[str, Any]]:
     """What `Trainer(optimizer_cls_and_kwargs=...)` takes.
 
     Args:
         method: an optimizer of the table of methods: "lora" (AdamW on the pairs), "geolora", "lora-pro", …
+        args: the `TrainingArguments` of the same Trainer. Where `lr` is not among the settings, and their
+            learning_rate is not the default, it is lr, as it stands when the optimizer is built: a search over it
+            works. Likewise weight_decay, of a method that has one. None: both do nothing.
         settings: keyword arguments of the optimizer, for "lora" lr and rest_lr; checked here,
             values when the optimizer is built.
 
@@ -32,18 +38,52 @@ def for_trainer(method: str, **settings: Any) -> tuple[Any, dict[str, Any]]:
             f"for_trainer: `method` must be one of {sorted(OPTIMIZERS)}; got {method!r}."
         )
     row = METHODS[method]
-    known = [
-        name for name in inspect.signature(resolve(row.optimizer)).parameters if name != "model"
-    ]
+    known = _settings_of(row.optimizer)
     for name in settings:
         if name not in known:
             raise SettingError(f"for_trainer: `{name}` must be one of {known} for {method}.")
-    return factory_of(row), settings
+    if args is None:
+        return factory_of(row), settings
+    return partial(_with_arguments, row.optimizer, args), settings
 
 
 def factory_of(method: Method) -> Any:
     """What Trainer calls as `factory()(model, **settings)`; it can be pickled."""
     return partial(resolve, method.optimizer)
+
+
+def _settings_of(optimizer: str) -> list[str]:
+    """Names of the settings that an optimizer of the table takes."""
+    return [name for name in inspect.signature(resolve(optimizer)).parameters if name != "model"]
+
+
+def _with_arguments(optimizer: str, args: Any) -> Any:
+    """What builds an optimizer with what a person has set in `TrainingArguments`."""
+
+    def build(model: Any, **settings: Any) -> Any:
+        known = _settings_of(optimizer)
+        changed = _changed(args)
+        if unused := [name for name in changed if ALIKE[name] not in known]:
+            warnings.warn(
+                f"for_trainer: `{unused[0]}` of the TrainingArguments does nothing here: "
+                f"{resolve(optimizer).__name__} has none.",
+                GeoloraWarning,
+                stacklevel=2,
+            )
+        taken = {ALIKE[name]: value for name, value in changed.items() if name not in unused}
+        return resolve(optimizer)(model, **{**taken, **settings})
+
+    return build
+
+
+ALIKE = {"learning_rate": "lr", "weight_decay": "weight_decay"}
+"""Names in `TrainingArguments` → those of our optimizers' settings."""
+
+
+def _changed(args: Any) -> dict[str, float]:
+    """Rate and decay of `TrainingArguments` where they are not the default of their class."""
+    usual = {spec.name: spec.default for spec in fields(args)}
+    return {name: getattr(args, name) for name in ALIKE if getattr(args, name) != usual[name]}
 
 
 def _geolora_in(optimizer: Any) -> GeoLoRA | None:
@@ -70,6 +110,16 @@ def log_ranks(trainer: Any) -> None:
 
     class LogRanks(TrainerCallback):
         before: dict[str, int] | None = None
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+            factory = (trainer.optimizer_cls_and_kwargs or (None,))[0]
+            if getattr(factory, "func", None) is resolve and (changed := _changed(args)):
+                warnings.warn(
+                    f"log_ranks: `{next(iter(changed))}` of the TrainingArguments does nothing: give "
+                    "for_trainer(…, args=training_args), or lr itself.",
+                    GeoloraWarning,
+                    stacklevel=2,
+                )
 
         def on_log(self, args: Any, state: Any, control: Any, **given: Any) -> None:  # noqa: ARG002
             optimizer, logs = _geolora_in(given.get("optimizer")), given.get("logs") or {}
