@@ -27,8 +27,8 @@ def for_trainer(method: str, args: Any = None, **settings: Any) -> tuple[Any, di
         args: the `TrainingArguments` of the same Trainer. Where `lr` is not among the settings, and their
             learning_rate is not the default, it is lr, as it stands when the optimizer is built: a search over it
             works. Likewise weight_decay, of a method that has one. None: both do nothing.
-        settings: keyword arguments of the optimizer, for "lora" lr and rest_lr; checked here,
-            values when the optimizer is built.
+        settings: keyword arguments of the optimizer, for "lora" lr and rest_lr; their names are checked
+            here, their values when the optimizer is built.
 
     Raises:
         SettingError: an unknown method or setting.
@@ -97,7 +97,7 @@ def _geolora_in(optimizer: Any) -> GeoLoRA | None:
 
 
 def log_ranks(trainer: Any) -> None:
-    """Add what GeoLoRA's adapter is like to everything that a Trainer logs, wherever it reports to.
+    """Add ranks and singular values of GeoLoRA's adapter to everything that a Trainer logs, wherever it reports to.
 
     `rank` (all layers together), `adapter_parameters`, `rank/LAYER`, `sigma/largest` and `sigma/median`
     (singular values of the updates W in use), `tangent_norm` (of the momentum, over all layers; per unit of W),

@@ -24,7 +24,7 @@ def augmented(U: torch.Tensor, K: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     """The new columns of the augmented basis, and [U | new]^T K."""
     seen = span_of(U, K)
     T = orthonormal(seen.gram, U.shape[-1])
-    return combine(seen, U.double(), K.double(), T).mT[..., U.shape[-1] :], T.mT @ seen.seen
+    return combine(seen, U.double(), K.double(), T).mT[..., U.shape[-1] :], T.mT @ seen.inside
 
 
 def check(

@@ -6,7 +6,7 @@ is done to T, so a step touches the long dimension d twice: once for the Gram ma
 
     span = span_of(U, K)
     T = orthonormal(span.gram, r)   # Z T = [U | U~] has orthonormal columns, or zero ones
-    R = T.mT @ span.seen            # K = [U | U~] R
+    R = T.mT @ span.inside            # K = [U | U~] R
 """
 
 from collections.abc import Sequence
@@ -26,13 +26,13 @@ class Span(NamedTuple):
 
     Q: None where Z = [U | K]; else (*batch, d, k), for Z = [U | Q].
     gram: Z^T Z (*batch, r + k, r + k), float64.
-    seen: Z^T [K | others] (*batch, r + k, k + ...), float64.
+    inside: Z^T [K | others] (*batch, r + k, k + ...), float64.
     square: K^T K (*batch, k, k), float64.
     """
 
     Q: Tensor | None
     gram: Tensor
-    seen: Tensor
+    inside: Tensor
     square: Tensor
 
 
@@ -73,8 +73,8 @@ def span_of(basis: Tensor, directions: Tensor, *others: Tensor) -> Span:
     keep = values > threshold * values[..., :1].clamp(min=1.0)
     Q = torch.nn.functional.pad(Q * keep.unsqueeze(-2), (0, k - Q.shape[-1]))
     rows = torch.cat([U.mT, Q.mT], dim=-2)
-    seen = rows @ torch.cat([K, *(matrix.double() for matrix in others)], dim=-1)
-    return Span(Q, rows @ rows.mT, seen, K.mT @ K)
+    inside = rows @ torch.cat([K, *(matrix.double() for matrix in others)], dim=-1)
+    return Span(Q, rows @ rows.mT, inside, K.mT @ K)
 
 
 def _rows(*matrices: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""Small symmetric problems of many layers at once: the cheapest way that keeps its promise, layer by layer.
+"""Small symmetric problems of many layers at once, by the cheapest method that meets the stated precision.
 
 On the CPU a batch of eigenvalue problems is solved one by one, and a product of small matrices is a
-hundredth of the price: what triangular factors or a few products settle is settled so, and only the layers
-they fail for are decomposed. On other devices, where asking which layers those are would halt the
+hundredth of the price: triangular factors or a few products are tried first, and only layers where they fail
+are decomposed. On other devices, where asking which layers those are would halt the
 queue, all are decomposed.
 """
 
@@ -47,12 +47,12 @@ def inverse_root(gram: Tensor, tolerance: float) -> Tensor:
     """
     if gram.device.type != "cpu":
         return _spectral_root(gram, tolerance)
-    there = gram.diagonal(dim1=-2, dim2=-1) > 0
-    factor, failed = torch.linalg.cholesky_ex(gram + (~there).double().diag_embed())
+    nonzero = gram.diagonal(dim1=-2, dim2=-1) > 0
+    factor, failed = torch.linalg.cholesky_ex(gram + (~nonzero).double().diag_embed())
     factor = factor.mT.contiguous()
     poor = (failed != 0) | ~(factor.diagonal(dim1=-2, dim2=-1).amin(-1) > 1e-3)
     one = torch.eye(gram.shape[-1], dtype=gram.dtype).expand_as(gram)
-    root = torch.linalg.solve_triangular(factor, one, upper=True) * there.unsqueeze(-2)
+    root = torch.linalg.solve_triangular(factor, one, upper=True) * nonzero.unsqueeze(-2)
     if bool(poor.any()):
         root[poor] = _spectral_root(gram[poor], tolerance)
     return root
@@ -67,7 +67,7 @@ def _spectral_root(gram: Tensor, tolerance: float) -> Tensor:
 def leading_eigenvectors(gram: Tensor, count: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest eigenvalues (N, k), descending, and their vectors (N, n, k).
 
-    Of the later ones those after the first count[...] may be zero instead. Where gram is nearly diagonal, large
+    Only the first count[...] are guaranteed; the others may be zero. Where gram is nearly diagonal, large
     entries first, as after a small step, three subspace iterations from the first unit vectors find
     the space; they are taken for a layer where the last one turned it by less than 1e-5.
 
@@ -98,6 +98,7 @@ def leading_eigenvectors(gram: Tensor, count: Tensor, k: int) -> tuple[Tensor, T
 
 
 ITERATIONS, TURNED = 3, 1e-10
+"""Subspace iterations, and how far the last one may turn the space (sine squared) where it is taken."""
 
 
 def _last_of(values: Tensor, vectors: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -22,8 +22,8 @@ from geolora.kernels.tangent import core_of
 from geolora.kernels.truncate import leading, numerical_rank
 
 
-class Turn(NamedTuple):
-    """A step in the coordinates of what was seen, for N layers: [U+ | K+] = Z left, [V+ | L+] = Z right.
+class Move(NamedTuple):
+    """A step in the coordinates of the spans, for N layers: [U+ | K+] = Z left, [V+ | L+] = Z right.
 
     left, right: (N, 2w, 2w), float64. sigma: (N, w), descending, of the factors' dtype.
     """
@@ -33,15 +33,15 @@ class Turn(NamedTuple):
     right: Tensor
 
 
-def force(seen: Span) -> Tensor:
-    """||M||_F (N,), float64, of tangent matrices seen from both sides."""
-    left, right = seen.square.diagonal(dim1=-2, dim2=-1).sum(-1).chunk(2)
-    w = seen.square.shape[-1]
-    overlap = seen.seen[: len(left), :w, :w].square().sum((-2, -1))
+def tangent_norms(span: Span) -> Tensor:
+    """||M||_F (N,), float64, of tangent matrices M, given what both sides span."""
+    left, right = span.square.diagonal(dim1=-2, dim2=-1).sum(-1).chunk(2)
+    w = span.square.shape[-1]
+    overlap = span.inside[: len(left), :w, :w].square().sum((-2, -1))
     return (left + right - overlap).clamp(min=0).sqrt()
 
 
-def step(seen: Span, sigma: Tensor, lr: Tensor, cap: Tensor, soften: float | None = None) -> Turn:
+def step(span: Span, sigma: Tensor, lr: Tensor, cap: Tensor, soften: float | None = None) -> Move:
     """W+ = truncate(W - lr D) along D = M for tangent matrices M, and M carried to W+.
 
     Before truncation the result is exactly W - lr M, of rank at most 2w. With M = P(W)G this is the
@@ -55,7 +55,7 @@ def step(seen: Span, sigma: Tensor, lr: Tensor, cap: Tensor, soften: float | Non
     Layers of any shape with the same number of slots are one problem.
 
     Args:
-        seen: `augment.span_of` at (U, K) of every layer and then at (V, L) of every layer, and with `soften`
+        span: `augment.span_of` at (U, K) of every layer and then at (V, L) of every layer, and with `soften`
             at the parts of N too.
         sigma: (N, w), of the factors' dtype.
         lr: step sizes (N,), float64. Unit: change of W per unit of M; with `soften` about the spectral
@@ -64,7 +64,7 @@ def step(seen: Span, sigma: Tensor, lr: Tensor, cap: Tensor, soften: float | Non
         soften: e, for a normalised step along what is ahead.
 
     Returns:
-        A `Turn` to w slots. Where W+ = 0 the old probes are kept: without them a layer at W = 0 would
+        A `Move` to w slots. Where W+ = 0 the old probes are kept: without them a layer at W = 0 would
         never see a gradient again. Slots that only had a left vector keep that one.
 
     Precision:
@@ -72,8 +72,8 @@ def step(seen: Span, sigma: Tensor, lr: Tensor, cap: Tensor, soften: float | Non
         for factors of float32.
     """
     slots, dtype = sigma.shape[-1], sigma.dtype
-    turns = orthonormal(seen.gram, slots)  # [U | U~] = Z @ turn
-    M, *ahead = (turns.mT @ seen.seen).split(slots, dim=-1)
+    T = orthonormal(span.gram, slots)  # [U | U~] = Z T
+    M, *ahead = (T.mT @ span.inside).split(slots, dim=-1)
     move = along = core_of(*M.chunk(2))
     if soften is not None:
         along = soft_sign(core_of(*ahead[0].chunk(2)), soften)  # of N
@@ -86,13 +86,13 @@ def step(seen: Span, sigma: Tensor, lr: Tensor, cap: Tensor, soften: float | Non
     values = values * keep
     # where nothing is left of W: the old right vectors, and left ones that have no right one
     old = torch.eye(2 * slots, slots, device=core.device, dtype=core.dtype)
-    alone = ~directions(seen, slots)[:, None]
+    alone = ~slots_with_right_vector(span, slots)[:, None]
     keep = keep.unsqueeze(-2)
     P = torch.where(keep[..., :1], P * keep, old * alone)
     Q = torch.where(keep[..., :1], Q * keep, old)
     onto = torch.cat([torch.cat([P, Q]), torch.cat([move @ Q, move.mT @ P])], dim=-1)
-    on = (turns @ onto).chunk(2)
-    return Turn(on[0], values.to(dtype), on[1])
+    left, right = (T @ onto).chunk(2)
+    return Move(left, values.to(dtype), right)
 
 
 def _leading_singular(
@@ -134,19 +134,19 @@ def shares(forces: Tensor, live: Tensor) -> Tensor:
     return torch.where(size > 0, forces / size, torch.ones_like(forces))
 
 
-def directions(seen: Span, slots: int) -> Tensor:
+def slots_with_right_vector(span: Span, slots: int) -> Tensor:
     """Which slots (N, w) have a right vector, probes included."""
-    return seen.gram.diagonal(dim1=-2, dim2=-1).chunk(2)[1][:, :slots] > 0
+    return span.gram.diagonal(dim1=-2, dim2=-1).chunk(2)[1][:, :slots] > 0
 
 
-def gains(seen: Span) -> Tensor:
+def gains(span: Span) -> Tensor:
     """What directions are worth, (N, w) descending: how fast the loss falls along each, to first order.
 
     A step of spectral norm 1 in all of K = M V lowers <M, W> by the sum of its singular values, and one
     in L = M^T U likewise: per direction the two together, in float64. They do not depend on the
     basis inside the subspace, nor on sigma.
     """
-    left, right = torch.linalg.eigvalsh(seen.square).clamp(min=0).sqrt().chunk(2)
+    left, right = torch.linalg.eigvalsh(span.square).clamp(min=0).sqrt().chunk(2)
     return (left + right).flip(-1)
 
 

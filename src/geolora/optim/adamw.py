@@ -45,8 +45,8 @@ def adamw_step(
     Parameters narrower than float32 have float32 masters, `master` in their state.
 
     Args:
-        values, grads: what to move, in place, instead of those parameters, and along what instead of
-            their gradients, in their order.
+        values: tensors updated in place instead of the parameters. grads: used instead of their gradients;
+            both in the parameters' order.
     """
     params = [p for p in group["params"] if p.grad is not None]
     if not params:
@@ -122,9 +122,9 @@ def move_average(average: Tensor, now: Tensor, beta: float, live: list[bool]) ->
     if all(live):
         average.lerp_(now, 1 - beta)
         return
-    for mine, theirs, moves in zip(average, now, live, strict=True):
-        if moves:
-            mine.lerp_(theirs, 1 - beta)
+    for mean, value, is_live in zip(average, now, live, strict=True):
+        if is_live:
+            mean.lerp_(value, 1 - beta)
 
 
 def unbiased(group: dict[str, Any], beta: float, like: Tensor) -> Tensor:
@@ -143,7 +143,7 @@ def adamw_of_stacks(
 ) -> None:
     """torch's AdamW on stacks (n, ...), in place, for the pairs that have a gradient.
 
-    As long as all pairs have had as many, a stack is one tensor for torch; else every pair of it is.
+    While all pairs have had equally many steps, a stack is updated as one tensor, otherwise pair by pair.
     """
     rows: list[Any] = [slice(None)]
     if len(set(group["counts"])) > 1 or not all(live):

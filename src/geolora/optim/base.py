@@ -101,7 +101,7 @@ class LowRankOptimizer(torch.optim.Optimizer, ABC):
         return {}
 
     def _forget(self) -> None:
-        """Drop what is not in `state` or `param_groups`; it is found again when needed."""
+        """Drop caches; they are rebuilt when needed."""
 
     # ---- pieces of a step ------------------------------------------------------------------------
 
@@ -241,13 +241,13 @@ class BucketGradients(NamedTuple):
 
     Attributes:
         group: its param group.
-        on_A, on_B: (n, r, d_in) and (n, d_out, r), float32 or wider, gathered; zero where there is none.
+        grad_A, grad_B: (n, r, d_in) and (n, d_out, r), float32 or wider, gathered; zero where there is none.
         live: which pairs have a gradient.
     """
 
     group: dict[str, Any]
-    on_A: Tensor
-    on_B: Tensor
+    grad_A: Tensor
+    grad_B: Tensor
     live: list[bool]
 
 
@@ -263,7 +263,9 @@ class BucketwiseOptimizer(LowRankOptimizer):
         """
         self._refuse_what_cannot_step(closure)
         buckets = self._read_gradients()
-        if self._skips([total(grad) for bucket in buckets for grad in (bucket.on_A, bucket.on_B)]):
+        if self._skips(
+            [total(grad) for bucket in buckets for grad in (bucket.grad_A, bucket.grad_B)]
+        ):
             return
         for bucket in buckets:
             self._refuse(bucket.group)
@@ -274,10 +276,12 @@ class BucketwiseOptimizer(LowRankOptimizer):
         self._step_rest()
 
     @abstractmethod
-    def _advance(self, group: dict[str, Any], on_A: Tensor, on_B: Tensor, live: list[bool]) -> None:
+    def _advance(
+        self, group: dict[str, Any], grad_A: Tensor, grad_B: Tensor, live: list[bool]
+    ) -> None:
         """One step of a bucket, of which one pair at least has a gradient; see `BucketGradients`.
 
-        The `counts` of its group, the steps with a gradient that every pair has had, have this one in them.
+        `group["counts"]`, how many steps with a gradient each pair has had, includes this step.
         """
 
     def _refuse(self, group: dict[str, Any]) -> None:

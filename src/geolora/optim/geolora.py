@@ -17,7 +17,7 @@ from geolora.errors import SettingError
 from geolora.kernels.tangent import norm
 from geolora.optim.base import LowRankOptimizer
 from geolora.optim.buckets import pairs_of
-from geolora.optim.geolora_step.across_layers import judge_all, shrink_factor, turn_all
+from geolora.optim.geolora_step.across_layers import judge_all, shrink_factor, solve_small_problems
 from geolora.optim.geolora_step.bucket_step import BucketStep, alike
 from geolora.optim.geolora_step.masters import Masters, master_shapes
 from geolora.optim.geolora_step.rank_cycle import phase_of
@@ -83,7 +83,7 @@ class GeoLoRA(LowRankOptimizer):
     Raises:
         PairingError: no pair, or a layer that cannot be treated.
         SettingError: an argument out of its range. BudgetError: less than one direction per layer.
-        SetupError: partitioned or sharded factors; a closure given to `step`.
+        SetupError: factors that ZeRO has partitioned; a closure given to `step`.
         NonFiniteGradientError: 20 steps in a row without a finite gradient.
 
     Source: arXiv 2410.18720. Geometric momentum: arXiv 2506.17475.
@@ -216,9 +216,10 @@ class GeoLoRA(LowRankOptimizer):
         1. read: the factor gradients hold K = G V and L = G^T U; masters of pairs that were written by somebody else
            are read again.
         2. skip: nothing moves where a gradient is not finite.
-        3. see: the momentum moves on, and d is gone over once for what [U | K] and [V | L] span.
+        3. see: gradients above max_tangent_norm are scaled down; K and L are added to the momentum; one pass over the
+           long dimension gives the Gram matrices of [U | K] and [V | L].
         4. weigh: what each direction gains is added up, where a budget is shared out by it.
-        5. turn: the 2r x 2r problems of all layers give the new points, capped at r.
+        5. solve: the 2r x 2r problems of all layers give the new points, capped at r.
         6. judge: where the cycle says so, ranks are cut by tail and budget.
         7. write: U, sigma, V, the momentum, and A and B, with a probe where ranks grow.
         """
@@ -231,7 +232,7 @@ class GeoLoRA(LowRankOptimizer):
             step.see(shrink)
         for step in steps:
             step.weigh()
-        turn_all(steps)
+        solve_small_problems(steps)
         if all(step.phase == "judge" and step.group["lr"] != 0 for step in steps):
             judge_all(steps, self._paired()[0])
         self._write([step for step in steps if step.changes()])

@@ -62,10 +62,12 @@ class LoRAMuon(BucketwiseOptimizer):
         n, r = len(group["layers"]), A.shape[0]
         return {"mean_A": (n, r, A[0].numel()), "mean_B": (n, B.shape[0], r)}
 
-    def _advance(self, group: dict[str, Any], on_A: Tensor, on_B: Tensor, live: list[bool]) -> None:
+    def _advance(
+        self, group: dict[str, Any], grad_A: Tensor, grad_B: Tensor, live: list[bool]
+    ) -> None:
         state, (A, B) = self.state[group["params"][0]], stacked_factors(group)
-        means = moments(state, ("mean_A", "mean_B"), (on_A, on_B))
-        for mean, grad in zip(means, (on_A, on_B), strict=True):
+        means = moments(state, ("mean_A", "mean_B"), (grad_A, grad_B))
+        for mean, grad in zip(means, (grad_A, grad_B), strict=True):
             move_average(mean, grad, group["momentum"], live)
         if group["lr"] == 0:
             return

@@ -75,11 +75,13 @@ class LoRAPro(BucketwiseOptimizer):
             "columns": (n, d_in),
         }
 
-    def _advance(self, group: dict[str, Any], on_A: Tensor, on_B: Tensor, live: list[bool]) -> None:
+    def _advance(
+        self, group: dict[str, Any], grad_A: Tensor, grad_B: Tensor, live: list[bool]
+    ) -> None:
         A, B = stacked_factors(group)
         scale = scales_of(group, A)
         s = scale.view(-1, 1, 1)
-        gradient = lora_pro.Projections(on_A / s, on_B / s)
+        gradient = lora_pro.Projections(grad_A / s, grad_B / s)
         here = _Here(A, B, gradient, lora_pro.metric(A, B, group["ridge"]))
         state = self.state[group["params"][0]]
         full = group["moments"] == "full"

@@ -66,8 +66,8 @@ class LoRASB(BucketwiseOptimizer):
     def _advance(
         self,
         group: dict[str, Any],
-        on_A: Tensor,  # noqa: ARG002
-        on_B: Tensor,
+        grad_A: Tensor,  # noqa: ARG002
+        grad_B: Tensor,
         live: list[bool],
     ) -> None:
         state, (A, B) = self.state[group["params"][0]], stacked_factors(group)
@@ -79,7 +79,7 @@ class LoRASB(BucketwiseOptimizer):
             on and factor.grad is not None and bool(b.any())
             for on, factor, b in zip(live, factors, B, strict=True)
         ]
-        grad = lora_sb.core_gradient(state["U"], on_B, scale)
+        grad = lora_sb.core_gradient(state["U"], grad_B, scale)
         group["steps"] += 1
         move = group["lr"] * adam_direction(state, grad, group, live)
         if group["lr"] == 0:

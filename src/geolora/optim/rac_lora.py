@@ -78,8 +78,8 @@ class RACLoRA(BucketwiseOptimizer):
     def _advance(
         self,
         group: dict[str, Any],
-        on_A: Tensor,  # noqa: ARG002
-        on_B: Tensor,
+        grad_A: Tensor,  # noqa: ARG002
+        grad_B: Tensor,
         live: list[bool],  # noqa: ARG002
     ) -> None:
         count, blocks = group["steps_per_block"], group["blocks"]
@@ -88,9 +88,9 @@ class RACLoRA(BucketwiseOptimizer):
             for p in group["params"]:
                 self.state.pop(p, None)
         group["steps"] += 1
-        first, last = rac_lora.slots_of(block, blocks, on_B.shape[-1])
-        masked = torch.zeros_like(on_B)
-        masked[..., first:last] = on_B[..., first:last]
+        first, last = rac_lora.slots_of(block, blocks, grad_B.shape[-1])
+        masked = torch.zeros_like(grad_B)
+        masked[..., first:last] = grad_B[..., first:last]
         trained = group["params"][1::2]
         # where they are not sharded these are the factors themselves
         values = [gathered(B) for B in trained if B.grad is not None]

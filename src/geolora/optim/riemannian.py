@@ -35,7 +35,7 @@ class RiemannianAdamW(BucketwiseOptimizer):
     Raises:
         PairingError: no pair, or a layer that cannot be treated.
         SettingError: an argument out of its range.
-        SetupError: partitioned or sharded factors; a closure given to `step`.
+        SetupError: factors that ZeRO has partitioned; a closure given to `step`.
         NonFiniteGradientError: 20 steps in a row without a finite gradient.
 
     Source: arXiv 2402.02347; as an option of LoRA-One, arXiv 2502.01235.
@@ -82,9 +82,11 @@ class RiemannianAdamW(BucketwiseOptimizer):
             "exp_avg_sq_B": B_like,
         }
 
-    def _advance(self, group: dict[str, Any], on_A: Tensor, on_B: Tensor, live: list[bool]) -> None:
+    def _advance(
+        self, group: dict[str, Any], grad_A: Tensor, grad_B: Tensor, live: list[bool]
+    ) -> None:
         state, factors = self.state[group["params"][0]], stacked_factors(group)
-        grads = _preconditioned(group, *factors, on_A, on_B)
+        grads = _preconditioned(group, *factors, grad_A, grad_B)
         means = moments(state, ("exp_avg_A", "exp_avg_B"), grads)
         squares = moments(state, ("exp_avg_sq_A", "exp_avg_sq_B"), grads)
         adamw_of_stacks(group, factors, grads, means, squares, live)
@@ -93,9 +95,9 @@ class RiemannianAdamW(BucketwiseOptimizer):
 
 
 def _preconditioned(
-    group: dict[str, Any], A: Tensor, B: Tensor, on_A: Tensor, on_B: Tensor
+    group: dict[str, Any], A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The preconditioned gradients of a bucket, like on_A (n, r, d_in) and on_B (n, d_out, r)."""
+    """The preconditioned gradients of a bucket, like grad_A (n, r, d_in) and grad_B (n, d_out, r)."""
     count = group["experts"]
 
     def of_experts(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,7 +105,7 @@ def _preconditioned(
         A = A.unflatten(1, (count, -1)).flatten(0, 1)
         return A, B.unflatten(-1, (-1, count)).movedim(-1, 1).flatten(0, 1)
 
-    on_A, on_B = precondition(*of_experts(A, B), *of_experts(on_A, on_B), group["damping"])
-    on_A = on_A.unflatten(0, (-1, count)).flatten(1, 2)
-    on_B = on_B.unflatten(0, (-1, count)).movedim(1, -1).flatten(-2)
-    return on_A.contiguous(), on_B.contiguous()
+    grad_A, grad_B = precondition(*of_experts(A, B), *of_experts(grad_A, grad_B), group["damping"])
+    grad_A = grad_A.unflatten(0, (-1, count)).flatten(1, 2)
+    grad_B = grad_B.unflatten(0, (-1, count)).movedim(1, -1).flatten(-2)
+    return grad_A.contiguous(), grad_B.contiguous()

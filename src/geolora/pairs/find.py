@@ -13,7 +13,7 @@ This folder and `adapters/` are what knows PEFT; `training/` calls its methods.
 | ParamWrapper (`target_parameters`, MoE experts)           | refused, but by RiemannianAdamW  |
 | AdaLoRA                                                   | refused: three factors           |
 | tied pairs (shared storage)                               | refused: one matrix, two layers  |
-| FSDP2's DTensors                                          | GeoLoRA and export gather; else refused |
+| FSDP2's DTensors                                          | gathered by optimizers, export, prune; refused by starts |
 | tensor-parallel, ZeRO-partitioned factors                 | refused: the step needs whole A, B |
 | factors on MPS                                            | refused: no float64              |
 | factors on meta, on two devices, with NaN or infinities   | refused                          |
@@ -285,8 +285,8 @@ def refuse_unreachable(name: str, *factors: torch.Tensor) -> None:
             )
         if hasattr(factor, "placements"):
             raise SetupError(
-                f"geolora: the factors of `{name}` are sharded (DTensor), which GeoLoRA and "
-                "export can gather and this cannot. Use DDP, or do it before sharding."
+                f"geolora: the factors of `{name}` are sharded (DTensor), which optimizers "
+                "and export can gather and this cannot. Use DDP, or do it before sharding."
             )
     devices = sorted({str(factor.device) for factor in factors})
     if len(devices) > 1:

@@ -50,15 +50,15 @@ def to_pair(
     return scaled_pair(U, V, *slot_lengths(sigma, scale, settled))
 
 
-def scaled_pair(U: Tensor, V: Tensor, on_A: Tensor, on_B: Tensor) -> tuple[Tensor, Tensor]:
-    """The pair (A, B): row i of A is on_A_i v_i^T, column i of B is on_B_i u_i; on_A, on_B (*batch, r)."""
-    return (V * on_A.unsqueeze(-2)).mT, U * on_B.unsqueeze(-2)
+def scaled_pair(U: Tensor, V: Tensor, length_A: Tensor, length_B: Tensor) -> tuple[Tensor, Tensor]:
+    """The pair (A, B): row i of A is length_A_i v_i^T, column i of B is length_B_i u_i; length_A, length_B (*batch, r)."""
+    return (V * length_A.unsqueeze(-2)).mT, U * length_B.unsqueeze(-2)
 
 
-def balanced_maps(scale: Tensor, on_A: Tensor, on_B: Tensor) -> tuple[Tensor, Tensor]:
+def balanced_maps(scale: Tensor, length_A: Tensor, length_B: Tensor) -> tuple[Tensor, Tensor]:
     """Per-slot numbers (*batch, r) for a pair of these lengths: K = grad_B * right, L = grad_A^T * left."""
     scale = scale.unsqueeze(-1)
-    return (scale * on_A).reciprocal(), (scale * on_B).reciprocal()
+    return (scale * length_A).reciprocal(), (scale * length_B).reciprocal()
 
 
 def slot_lengths(sigma: Tensor, scale: Tensor, settled: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,11 +93,11 @@ def read_pair(A: Tensor, B: Tensor, scale: float, start_rank: int | None = None)
     Qv, to_Qv = _range(A[row_index].mT)  # (d_in, a), (rows, a): A^T @ to_Qv = Qv
     Qu, to_Qu = _range(B[:, column_index])  # (d_out, b), (columns, b)
     active = rows & columns
-    on_B, on_A = Qu.mT @ B[:, active], A[active] @ Qv  # (b, n), (n, a)
-    P, values, Qt = torch.linalg.svd(scale * on_B @ on_A, full_matrices=True)  # of (b, a)
+    core_B, core_A = Qu.mT @ B[:, active], A[active] @ Qv  # (b, n), (n, a)
+    P, values, Qt = torch.linalg.svd(scale * core_B @ core_A, full_matrices=True)  # of (b, a)
     # rounding is relative to the factors: a product that cancels is zero
     rounding = max(r, 2) * torch.finfo(torch.float64).eps
-    k = int((values > rounding * scale * on_B.norm() * on_A.norm()).sum())
+    k = int((values > rounding * scale * core_B.norm() * core_A.norm()).sum())
 
     a, b = Qv.shape[1], Qu.shape[1]
     # right slots 0..a-1 (active, then probes); left slots 0..k-1, then after the right probes
@@ -132,16 +132,16 @@ def slot_ranks(A: Tensor, B: Tensor) -> tuple[int, int]:
     slots, as only geolora writes it; any other adapter has none.
     """
     A, B = A.detach().double(), B.detach().double()
-    on_A, on_B = torch.linalg.vector_norm(A, dim=1), torch.linalg.vector_norm(B, dim=0)
-    active = (on_A > 0) & (on_B > 0)
+    length_A, length_B = torch.linalg.vector_norm(A, dim=1), torch.linalg.vector_norm(B, dim=0)
+    active = (length_A > 0) & (length_B > 0)
     count = int(active.sum())
     if not count:
         return 0, 0
-    ratio = on_A[active] / on_B[active]
+    ratio = length_A[active] / length_B[active]
     close = 0.02  # bf16 factors have norms right to 0.4 %
     balanced = (ratio - 1).abs() < close
     trial = (ratio / TRIAL**2 - 1).abs() < close
-    unit = B[:, active] / on_B[active]
+    unit = B[:, active] / length_B[active]
     gram = unit.mT @ unit - torch.eye(count, dtype=unit.dtype, device=unit.device)
     judged = balanced & ~trial  # there is always one
     if not bool(judged.any() and (balanced | trial).all()) or gram.abs().max() > close:

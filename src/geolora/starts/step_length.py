@@ -23,7 +23,7 @@ class StepLength(NamedTuple):
 
 
 def check_norm(function: str, norm: float | None, batches: Iterable[Any] | None) -> None:
-    """Refuse a norm that is none, and a search without batches."""
+    """Refuse a norm that is not a positive number, and a search without batches."""
     if norm is not None and not (norm > 0 and math.isfinite(norm)):
         raise SettingError(f"{function}: `norm` must be above 0; got {norm}.")
     if norm is None and batches is None:

@@ -31,7 +31,7 @@ class Truncated(Recipe):
     """LoRA, cut to the budget when training has ended."""
 
     def check(self) -> None:
-        """There is a budget."""
+        """Refuse a missing budget."""
         super().check()
         if self.config.budget is None:
             raise SettingError(f"`--budget` must be given with {self.method.name}: what to cut to.")
@@ -110,7 +110,7 @@ class SavedByPEFT(Recipe):
         return 0
 
     def write(self, model: Any, folder: Path, start: Path) -> None:  # noqa: ARG002
-        """The files."""
+        """Write the adapter's files."""
         model.save_pretrained(folder)
 
 
@@ -162,7 +162,7 @@ class AdaLoRA(SavedByPEFT):
     """Three factors, ranks by importance, from --rank to two thirds of it."""
 
     def check(self) -> None:
-        """There is something to cut."""
+        """Refuse a rank below 2."""
         super().check()
         if self.config.rank < 2:
             raise SettingError(

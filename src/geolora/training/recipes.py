@@ -65,14 +65,14 @@ class HalfTrained(Start):
     """LoRA-GA: half of the slots are trained, the other half is kept as it is."""
 
     def check(self) -> None:
-        """The rank is two halves."""
+        """Refuse an odd rank."""
         if self.config.rank % 2:
             raise SettingError(
                 f"`--rank` must be even with --init {self.method.name}; got {self.config.rank}."
             )
 
     def begin(self, model: Any, batches: Batches, resumed: bool) -> None:
-        """What keeps the second half are hooks, which no checkpoint holds."""
+        """No checkpoint holds the hooks that freeze the second half: set them again."""
         if resumed:
             keep_second_half(model)
         super().begin(model, batches, resumed)

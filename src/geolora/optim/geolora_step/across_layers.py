@@ -31,7 +31,7 @@ def shrink_factor(steps: list[BucketStep]) -> Tensor | None:
     return (bound / size.clamp(min=1e-30)).clamp(max=1.0)
 
 
-def turn_all(steps: list[BucketStep]) -> None:
+def solve_small_problems(steps: list[BucketStep]) -> None:
     """Solve the small problems: the new points of all chunks, capped but not yet judged."""
     moving = [step for step in steps if step.group["lr"] != 0.0 and any(step.live)]
     stacks = _with_equal_width(moving)
@@ -42,7 +42,8 @@ def turn_all(steps: list[BucketStep]) -> None:
             held = step.phase == "hold"
             caps += [step.group["ranks"][layer] if held else step.r for layer in chunk.layers]
         sigma = [
-            step.first(step.of(step.state["sigma"], chunk), chunk.width) for step, chunk in stack
+            step.first(step.rows_of(step.state["sigma"], chunk), chunk.width)
+            for step, chunk in stack
         ]
         turn = method.step(
             span,
@@ -54,7 +55,7 @@ def turn_all(steps: list[BucketStep]) -> None:
         counts = [len(chunk.layers) for _, chunk in stack]
         shares = zip(*(tensor.split(counts) for tensor in turn), strict=True)
         for (_, chunk), share in zip(stack, shares, strict=True):
-            chunk.turn = method.Turn(*share)
+            chunk.move = method.Move(*share)
 
 
 def judge_all(steps: list[BucketStep], settings: dict[str, Any]) -> None:
@@ -100,7 +101,7 @@ def _rates(stacks: list[Chunks], spans: list[Span]) -> list[Tensor]:
     if not stacks or not stacks[0][0][0].adaptive:
         return rates
     units = [of_layers(stack, "unit") for stack in stacks]
-    forces = [unit * method.force(span) for unit, span in zip(units, spans, strict=True)]
+    forces = [unit * method.tangent_norms(span) for unit, span in zip(units, spans, strict=True)]
     device = forces[0].device  # layers may lie on several
     live = [on for stack in stacks for step, chunk in stack for on in step.live_of(chunk)]
     shares = method.shares(
@@ -109,7 +110,7 @@ def _rates(stacks: list[Chunks], spans: list[Span]) -> list[Tensor]:
     for rate, unit, share, span, stack in zip(
         rates, units, shares.split([*map(len, rates)]), spans, stacks, strict=True
     ):
-        used = method.directions(span, stack[0][1].width).sum(-1).clamp(min=1).double()
+        used = method.slots_with_right_vector(span, stack[0][1].width).sum(-1).clamp(min=1).double()
         rate *= unit * (REFERENCE_RANK / used).sqrt() * share.to(rate.device)
     return rates
 

@@ -37,9 +37,9 @@ class Chunk:
         """Those of A and B, where they are few enough to be kept."""
         self.spans: list[Span] = []
         """What [U | K] and what [V | L] span."""
-        self.turn: method.Turn | None = None
-        """Where they go."""
-        self.directions: dict[str, Tensor] = {}
+        self.move: method.Move | None = None
+        """The solved step; None before."""
+        self.K_and_L: dict[str, Tensor] = {}
         """K and L, where the state keeps no momentum."""
 
 
@@ -89,18 +89,22 @@ class BucketStep:
     def slots(self, key: str, chunk: Chunk, width: int) -> Tensor:
         """The first slots (n, width, d) of U, V, K or L: a view where the layers are neighbours, else a copy."""
         stack = self.first(self.state[key].mT, width)
-        return self.of(stack, chunk) if chunk.index is None else stack.index_select(0, chunk.index)
+        return (
+            self.rows_of(stack, chunk)
+            if chunk.index is None
+            else stack.index_select(0, chunk.index)
+        )
 
     def put_slots(self, key: str, chunk: Chunk, slots: Tensor) -> None:
-        """Write what `slots` gave."""
+        """Write tensors of the shape that `slots` gives."""
         stack = self.first(self.state[key].mT, slots.shape[1])
         if chunk.index is None:
-            self.of(stack, chunk).copy_(slots)
+            self.rows_of(stack, chunk).copy_(slots)
         else:
             stack.index_copy_(0, chunk.index, slots)
 
-    def of(self, stack: Tensor, chunk: Chunk) -> Tensor:
-        """What of a stack (n, ...) is of a chunk."""
+    def rows_of(self, stack: Tensor, chunk: Chunk) -> Tensor:
+        """The rows of a stack (n, ...) that are of a chunk."""
         return stack if chunk.is_bucket else stack[chunk.at]
 
     def first(self, stack: Tensor, width: int) -> Tensor:
@@ -133,7 +137,7 @@ class BucketStep:
         """||P(W)G||^2 of every chunk."""
         squares = []
         for chunk in self.chunks:
-            right, left = (self.of(side, chunk) for side in self.maps)
+            right, left = (self.rows_of(side, chunk) for side in self.maps)
             grad_A, grad_B = self.gradients(chunk)
             K, L = (right.mT @ grad_B.mT).mT, (left.mT @ grad_A).mT
             squares.append(norm(K, L, self.slots("U", chunk, self.r).mT).square().sum())
@@ -142,7 +146,7 @@ class BucketStep:
     # ---- seeing ------------------------------------------------------------------------------------
 
     def see(self, shrink: Tensor | None) -> None:
-        """Move the momentum on, in place, and see it from where the layers are.
+        """Update the momentum in place, and compute its Gram matrices with the bases.
 
         Args:
             shrink: what the gradients are multiplied by, a number; None for 1.
@@ -154,7 +158,9 @@ class BucketStep:
     def _see(self, chunk: Chunk, shrink: Tensor | None) -> None:
         live, beta, width = self.live_of(chunk), self.group["momentum"], chunk.width
         inputs = self.r if self.fresh else width  # of slots not in use the gradient is zero
-        right, left = (self.of(self.first(side, inputs), chunk)[..., :width] for side in self.maps)
+        right, left = (
+            self.rows_of(self.first(side, inputs), chunk)[..., :width] for side in self.maps
+        )
         grad_A, grad_B = self.gradients(chunk)
         if shrink is not None:
             grad_A, grad_B = (grad * shrink.to(grad) for grad in (grad_A, grad_B))
@@ -165,7 +171,7 @@ class BucketStep:
         ):
             ahead = ()
             if key not in self.state:
-                chunk.directions[key] = now = torch.bmm(onto, grad)
+                chunk.K_and_L[key] = now = torch.bmm(onto, grad)
             else:
                 before = self.slots(key, chunk, width)
                 now = torch.baddbmm(before, onto, grad, beta=beta)
@@ -187,45 +193,45 @@ class BucketStep:
     # ---- writing -----------------------------------------------------------------------------------
 
     def sigma(self) -> Tensor:
-        """The new singular values (n, r), as far as they are known."""
+        """The new singular values (n, r), as gradient_rows as they are known."""
         sigma = self.state["sigma"].clone()
         for chunk in self.chunks:
-            if chunk.turn is not None:
-                before = self.first(self.of(sigma, chunk), chunk.width)
-                now = where_live(self.live_of(chunk), chunk.turn.sigma, before)
+            if chunk.move is not None:
+                before = self.first(self.rows_of(sigma, chunk), chunk.width)
+                now = where_live(self.live_of(chunk), chunk.move.sigma, before)
                 sigma[chunk.at, : chunk.width] = now
         return sigma if self.keep is None else sigma * self.keep
 
     def changes(self) -> bool:
         """Whether anything is to be written."""
-        return self.keep is not None or any(chunk.turn is not None for chunk in self.chunks)
+        return self.keep is not None or any(chunk.move is not None for chunk in self.chunks)
 
-    def write(self, on_A: Tensor, on_B: Tensor, right: Tensor, left: Tensor) -> None:
+    def write(self, length_A: Tensor, length_B: Tensor, right: Tensor, left: Tensor) -> None:
         """New bases and momentum, in place, a probe where ranks grow, and A and B.
 
         Args:
-            on_A, on_B: (n, r), lengths of the slots of all layers.
+            length_A, length_B: (n, r), lengths of the slots of all layers.
             right, left: (n, r), what turns the gradients of slots of these lengths into K and L.
         """
         grows = phase_of({**self.group, "steps": self.group["steps"] + 1}) == "grow"
         for chunk in self.chunks:
-            self._write(chunk, on_A, on_B, grows)
+            self._write(chunk, length_A, length_B, grows)
         if all(self.live) or self.keep is not None:
-            self.masters.left_with(right, left)
+            self.masters.remember_maps(right, left)
         else:
-            self.masters.left_unknown()
+            self.masters.forget_maps()
 
-    def _write(self, chunk: Chunk, on_A: Tensor, on_B: Tensor, grows: bool) -> None:
+    def _write(self, chunk: Chunk, length_A: Tensor, length_B: Tensor, grows: bool) -> None:
         names = [key for key in ("U", "V", "K", "L") if key in self.state]
         # momentum along a new direction is taken from where it was
         old = {}
         if grows and "K" in self.state:
             old = {key: self.slots(key, chunk, self.r).clone() for key in names}
-        if chunk.turn is not None:
-            self._move(chunk, chunk.turn)
+        if chunk.move is not None:
+            self._move(chunk, chunk.move)
         if self.keep is not None:
             for key in names:
-                kept = self.of(self.keep, chunk).unsqueeze(-1)
+                kept = self.rows_of(self.keep, chunk).unsqueeze(-1)
                 self.put_slots(key, chunk, self.slots(key, chunk, self.r) * kept)
         if grows:
             self._probe(chunk, old)
@@ -233,7 +239,9 @@ class BucketStep:
         every_slot = self.fresh or grows or self.sharded or self.keep is not None
         width = self.r if every_slot else chunk.width
         U, V = (self.slots(key, chunk, width).mT for key in ("U", "V"))
-        lengths = (self.first(self.of(length, chunk), width) for length in (on_A, on_B))
+        lengths = (
+            self.first(self.rows_of(length, chunk), width) for length in (length_A, length_B)
+        )
         A, B = scaled_pair(U, V, *lengths)
         targets, sources = [], []
         for layer, a, b in zip(chunk.layers, A.unbind(), B.unbind(), strict=True):
@@ -244,18 +252,18 @@ class BucketStep:
         if targets:
             write_factors(targets, sources)
 
-    def _move(self, chunk: Chunk, turn: method.Turn) -> None:
+    def _move(self, chunk: Chunk, turn: method.Move) -> None:
         live, width = self.live_of(chunk), chunk.width
-        ways = (("U", "K", turn.left), ("V", "L", turn.right))
-        for span, (basis, key, on) in zip(chunk.spans, ways, strict=True):
-            near = self.slots(basis, chunk, width)
+        sides = (("U", "K", turn.left), ("V", "L", turn.right))
+        for span, (basis, key, on) in zip(chunk.spans, sides, strict=True):
+            basis_rows = self.slots(basis, chunk, width)
             has_momentum = key in self.state
-            far = self.slots(key, chunk, width) if has_momentum else chunk.directions[key]
+            gradient_rows = self.slots(key, chunk, width) if has_momentum else chunk.K_and_L[key]
             onto = on if has_momentum else on[..., :width]
-            new = combine(span, near.mT, far.mT, onto)
-            self.put_slots(basis, chunk, where_live(live, new[:, :width], near))
+            new = combine(span, basis_rows.mT, gradient_rows.mT, onto)
+            self.put_slots(basis, chunk, where_live(live, new[:, :width], basis_rows))
             if has_momentum:
-                self.put_slots(key, chunk, where_live(live, new[:, width:], far))
+                self.put_slots(key, chunk, where_live(live, new[:, width:], gradient_rows))
 
     def _probe(self, chunk: Chunk, old: dict[str, Tensor]) -> None:
         """A new direction to look along, and the momentum along it, taken from where it was."""

@@ -39,8 +39,8 @@ class Masters:
 
     def __init__(self, group: dict[str, Any], states: Mapping[Tensor, dict[str, Any]]) -> None:
         self.group, self._states = group, states
-        self._prints: _Prints | None = None
-        """What told the factors when their maps were right; None where that is not known."""
+        self._fingerprints: _Fingerprints | None = None
+        """Fingerprints of the factors for which `_maps` holds; None where that is not known."""
         self._maps: tuple[Tensor, Tensor] | None = None
         self._constants: tuple[list[int], Tensor, Tensor] | None = None
 
@@ -70,13 +70,14 @@ class Masters:
         return self._constants[1], self._constants[2]
 
     def maps(self) -> tuple[tuple[Tensor, Tensor], bool]:
-        """What turns factor gradients into K and L: matrices (n, r, r), and whether they are not all diagonal.
+        """What turns factor gradients into K and L: matrices (n, r, r), and whether a pair was read again (its maps are then
+        not diagonal).
 
         Where A or B are no longer what we wrote, the masters of those pairs are read from them again and
         their momentum is carried over.
         """
         prints = _fingerprints(self.group["params"])
-        if self._maps is not None and prints.same(self._prints):
+        if self._maps is not None and prints.same(self._fingerprints):
             right, left = self._maps
             return (right.diag_embed(), left.diag_embed()), False
         state = self.state
@@ -95,7 +96,7 @@ class Masters:
             )
         ]
         if not stale:
-            self.left_with(*slots)
+            self.remember_maps(*slots)
             return (right, left), False
         for i in stale:
             pair = factors[2 * i], factors[2 * i + 1]
@@ -120,16 +121,16 @@ class Masters:
             )
         return reading.right, reading.left
 
-    def left_with(self, right: Tensor, left: Tensor) -> None:
-        """Remember that the factors, as they are now, have these maps (n, r), one number for a slot."""
-        self._prints, self._maps = _fingerprints(self.group["params"]), (right, left)
+    def remember_maps(self, right: Tensor, left: Tensor) -> None:
+        """Remember that these maps (n, r), one number for a slot, belong to the factors as they are now."""
+        self._fingerprints, self._maps = _fingerprints(self.group["params"]), (right, left)
 
-    def left_unknown(self) -> None:
+    def forget_maps(self) -> None:
         """Look at the factors again in the next step."""
-        self._prints = None
+        self._fingerprints = None
 
 
-class _Prints(NamedTuple):
+class _Fingerprints(NamedTuple):
     """What tells whether factors have been written or swapped by somebody else.
 
     A write counts up a version, but not one through `.data` (exponential moving averages do so): some entries
@@ -139,7 +140,7 @@ class _Prints(NamedTuple):
     versions: list[tuple[int, int]]
     entries: Tensor | None
 
-    def same(self, other: "_Prints | None") -> bool:
+    def same(self, other: "_Fingerprints | None") -> bool:
         if other is None or self.versions != other.versions:
             return False
         return self.entries is None or bool(
@@ -151,11 +152,11 @@ ENTRIES = 16
 """Entries of a factor that are looked at."""
 
 
-def _fingerprints(params: list[Tensor]) -> _Prints:
+def _fingerprints(params: list[Tensor]) -> _Fingerprints:
     versions = [(p._version, local_shard(p).data_ptr()) for p in params]
     if any(map(is_sharded, params)):
-        return _Prints(versions, None)
-    return _Prints(versions, torch.cat([_some_of(p.detach()) for p in params]))
+        return _Fingerprints(versions, None)
+    return _Fingerprints(versions, torch.cat([_some_of(p.detach()) for p in params]))
 
 
 def _some_of(factor: Tensor) -> Tensor:

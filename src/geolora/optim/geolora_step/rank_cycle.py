@@ -16,7 +16,7 @@ def phase_of(group: dict[str, Any]) -> str:
     at, settle, every = group["steps"], group["settle_after"], group["prune_every"]
     if (
         settle is not None and at >= settle
-    ):  # due until it is done: a step with lr = 0 judges nothing
+    ):  # stays due until it has happened: a step with lr = 0 does not judge
         return "hold" if group["settled"] else "judge"
     if every is None:
         return "hold" if settle is None else "grow"

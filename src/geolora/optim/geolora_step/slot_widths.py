@@ -24,7 +24,7 @@ class SlotWidths:
         self.counted = {}
 
     def of(self, steps: list[BucketStep]) -> list[int]:
-        """Slots of all layers of buckets alike that may be filled after this step.
+        """Slots that may be filled after this step, of all layers of buckets with equal r, dtype and device.
 
         Twice those filled now; where ranks are held, up to the rank. Layers without a gradient need none.
         Counting reads from the device.
@@ -64,10 +64,10 @@ def cheapest_widths(needed: Sequence[int], r: int) -> list[int]:
     more width twice 0.8 ms: the cheapest choice is taken.
     """
     full = min(r, even(max(needed)))
-    lower = [share for share in sorted({even(-(-full // n)) for n in (2, 4)}) if share < full]
+    lower = [option for option in sorted({even(-(-full // n)) for n in (2, 4)}) if option < full]
 
     def width(need: int, choice: tuple[int, ...]) -> int:
-        return next((share for share in choice if need <= share), full)
+        return next((option for option in choice if need <= option), full)
 
     def cost(choice: tuple[int, ...]) -> int:
         return WORTH * len(choice) + sum(width(need, choice) ** 2 for need in needed)
