@@ -110,7 +110,8 @@ TABLE = """
 """Module : what it may import of ours: whole rooms (folders, or files at the top), and files of its own room.
 
 `room.*` stands for the files of a room that have no row of their own: papers, and optimizers of one paper.
-Every import counts, also one in a function, under TYPE_CHECKING or in quotes of `importlib`'s. The face,
+Every import counts, also one in a function, under TYPE_CHECKING or by `importlib` of a name in quotes. The rows of
+the table of methods name what a method is made of: they are the only arrows upwards. The face,
 `geolora/__init__.py`, is imported by nobody here.
 """
 
@@ -149,6 +150,12 @@ def imports(path: Path) -> Iterator[tuple[str, str]]:
             assert node.level == 0, f"{path}: absolute imports only"
             for alias in node.names:
                 yield str(node.module), alias.name
+        elif isinstance(node, ast.Call):
+            called = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            if called in ("import_module", "__import__"):
+                for word in node.args:
+                    if isinstance(word, ast.Constant):
+                        yield str(word.value), ""
 
 
 class Graph:
@@ -237,6 +244,12 @@ def test_nothing_is_imported_around() -> None:
             "kernels.solve imports the package's face",
         ),
         ("kernels/solve", "import geolora", "kernels.solve imports the package's face"),
+        ("kernels/solve", "x = __import__('geolora')", "kernels.solve imports the package's face"),
+        (
+            "tasks/rows",
+            "import importlib\nx = importlib.import_module('geolora.training.run')",
+            "tasks.rows must not import training.run",
+        ),
         (
             "tasks/rows",
             "from geolora.training import run",
@@ -367,11 +380,46 @@ def test_the_table_of_methods_is_read_without_torch() -> None:
     assert out.stdout.strip() == "False"
 
 
-def test_every_paper_file_has_a_row_that_names_its_paper() -> None:
+def test_every_paper_file_has_a_row_and_says_what_it_is() -> None:
     from geolora.methods import METHODS, resolve
 
     files = {path.stem for path in (SRC / "methods").glob("*.py")} - {"__init__"}
     rows = [row for row in METHODS.values() if row.mathematics]
-    assert {resolve(row.mathematics).__module__.rpartition(".")[2] for row in rows} == files
+    stems = {row.name: resolve(row.mathematics).__module__.rpartition(".")[2] for row in rows}
+    assert set(stems.values()) == files, (
+        "methods/ without a row, or rows without a file in methods/"
+    )
     for row in rows:
-        assert row.arxiv in sys.modules[resolve(row.mathematics).__module__].__doc__
+        text = sys.modules[resolve(row.mathematics).__module__].__doc__ or ""
+        assert row.arxiv, f"{row.name}: its row must name the paper's arXiv id"
+        for word in ("Paper:", "What this file computes:", "Differences", row.arxiv):
+            assert word in text, f"methods/{stems[row.name]}.py: the docstring must have `{word}`"
+
+
+def test_every_optimizer_and_recipe_is_named_by_a_row() -> None:
+    from geolora.methods import METHODS, resolve
+    from geolora.training import peft_recipes, recipes
+
+    shared = {"__init__", "adamw", "base", "buckets", "nonfinite", "saved_state"}
+    files = {path.stem for path in (SRC / "optim").glob("*.py")} - shared
+    named = [row.optimizer.partition(":")[0] for row in METHODS.values() if row.optimizer]
+    assert {module.rpartition(".")[2] for module in named} == files
+    made = [resolve(row.recipe) for row in METHODS.values() if row.recipe]
+    classes = {
+        kind
+        for module in (recipes, peft_recipes)
+        for kind in vars(module).values()
+        if isinstance(kind, type) and issubclass(kind, recipes.Recipe)
+    }
+    assert classes - {peft_recipes.SavedByPEFT} == set(made)
+
+
+def test_what_a_row_names_is_there_or_an_error() -> None:
+    from geolora.methods import Method, resolve
+
+    for missing in ("geolora.nowhere:X", "geolora.optim.lora:nothing"):
+        with pytest.raises((ImportError, AttributeError)):
+            resolve(missing)
+    for kind in ("optimizer", "peft", "start", "other"):
+        with pytest.raises(geolora.errors.SettingError, match="the row of x must have"):
+            Method("x", "X", "nothing", "", kind)

@@ -1,5 +1,6 @@
 """What the README shows works as it stands."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -9,7 +10,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from geolora.cli.__main__ import build_parser
+from geolora.cli.__main__ import build_parser, main
+from models import tiny_bert
+from rows import reviews
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -45,6 +48,36 @@ def test_every_command_and_flag_it_names_exists() -> None:
     assert len(commands) >= 4
     for command in commands:
         parser.parse_args(shlex.split(command)[1:])
+
+
+def test_every_method_is_named() -> None:
+    from geolora.methods import METHODS
+
+    named = set(re.findall(r"[\w-]+", README))
+    assert [name for name in METHODS if name not in named] == []
+    for row in METHODS.values():
+        if row.kind == "optimizer" and row.public:
+            assert row.public[0] in README
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
+def test_the_commands_on_a_text_column_run_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny_bert(tmp_path / "bert-base-uncased")
+    for name, rows in (("train", reviews(40)), ("dev", reviews(10, seed=1))):
+        lines = [json.dumps({"sentence": row["text"], "label": row["label"]}) for row in rows]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    (first, *others) = [
+        line.split("#")[0].split()[1:]
+        for line in README.splitlines()
+        if re.match(r" {4}geolora \w+ .*\bout\b", line) and "causal-lm" not in line
+    ]
+    assert main([*first, "--max-steps", "4"]) == 0
+    assert [command[0] for command in others] == ["inspect", "export", "verify"]
+    for command in others:
+        assert main(command) == 0, command
 
 
 def test_files_it_links_exist() -> None:

@@ -1,4 +1,4 @@
-"""Small symmetric problems of many layers at once, by the cheapest method that meets the stated precision.
+"""Batched symmetric problems: a cheap factorisation where it is accurate enough, else an eigendecomposition.
 
 On the CPU a batch of eigenvalue problems is solved one by one, and a product of small matrices is a
 hundredth of the price: triangular factors or a few products are tried first, and only layers where they fail

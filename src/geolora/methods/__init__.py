@@ -31,8 +31,9 @@ class Method:
         mathematics: the pure function of the paper, where it is ours.
         public: names in `geolora` that it is used by in Python, the main one first.
         optimizer: class or function called as (model, **settings), of what trains.
-        start: initialiser called as (model, batches): of a "start" the start, else the one that must come first.
-        recipe: how `geolora train` makes, trains and saves the adapter.
+        start: of a row of kind "start" its initialiser; of an optimizer, the initialiser that must run first.
+            Called as (model, batches).
+        recipe: how `geolora train` makes, trains and saves the adapter; plain LoRA pairs where an optimizer names none.
         takes_budget: whether `--budget` means something.
         own_start: whether it brings its start, so that `--init` must be left alone.
         starts: the starts that may come before it.
@@ -54,7 +55,7 @@ class Method:
     public: tuple[str, ...] = ()
     optimizer: str = ""
     start: str = ""
-    recipe: str = "geolora.training.recipes:Recipe"
+    recipe: str = ""
     takes_budget: bool = False
     own_start: bool = False
     starts: tuple[str, ...] = ("lora-one",)
@@ -65,6 +66,14 @@ class Method:
     refusal: str = ""
     defaults: str = ""
     notes: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse a row that would be trained as something else; plain pairs are made by `Recipe`."""
+        if self.kind == "optimizer" and not self.recipe:
+            object.__setattr__(self, "recipe", "geolora.training.recipes:Recipe")
+        needed = {"optimizer": "optimizer", "peft": "recipe", "start": "start"}.get(self.kind)
+        if needed is None or not getattr(self, needed):
+            raise SettingError(f"methods: the row of {self.name} must have `{needed or 'kind'}`.")
 
 
 ROWS = (

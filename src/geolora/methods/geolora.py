@@ -84,7 +84,7 @@ def step(span: Span, sigma: Tensor, lr: Tensor, cap: Tensor, soften: float | Non
     P, values, Q, tolerance = _leading_singular(core, cap, slots, dtype)
     keep = leading(torch.minimum(numerical_rank(values, tolerance), cap), slots)
     values = values * keep
-    # where nothing is left of W: the old right vectors, and left ones that have no right one
+    # where W+ = 0: keep the old right vectors, and left vectors of slots without a right one
     old = torch.eye(2 * slots, slots, device=core.device, dtype=core.dtype)
     alone = ~slots_with_right_vector(span, slots)[:, None]
     keep = keep.unsqueeze(-2)

@@ -50,7 +50,7 @@ def step(
 
 
 def sign(X: Tensor) -> Tensor:
-    """msign(X): every singular value that is not nothing becomes 1; (*batch, m, n), float64."""
+    """msign(X), (*batch, m, n), float64: singular values above the cutoff become 1, the others 0."""
     if X.shape[-2] < X.shape[-1]:
         return sign(X.mT).mT
     return X @ _inverse_root(X.mT @ X)

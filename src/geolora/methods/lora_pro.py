@@ -95,7 +95,7 @@ def factor_gradients(
 def carried(
     A: Tensor, B: Tensor, projections: Projections, new_A: Tensor, new_B: Tensor, at: Metric
 ) -> Projections:
-    """The projections, at a new pair, of the projection of M to the tangent space there; like A and B."""
+    """Projections of M carried to the tangent space of the pair (new_A, new_B); shapes of A and B."""
     left, right = _split(B, projections, at)
     return _projections(left, right, A, B, new_A, new_B)
 

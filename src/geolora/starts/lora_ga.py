@@ -33,9 +33,9 @@ def initialize_lora_ga(
 ) -> GradientStart:
     """LoRA-GA (arXiv 2407.05000) as its authors define it, without touching the base weights.
 
-    Half of the slots of every pair are trained; the other half holds what takes their start away, so that the
-    function is unchanged, and is kept as it is: their gradients are made zero. The adapter is saved
-    and loaded like any other. For optimizers that leave alone what has no gradient, slot by slot: AdamW or
+    The first half of the slots of every pair is trained. The second half holds minus the product of the first, so
+    that W = 0 at the start, and is frozen: its gradients are made zero. The adapter is saved and loaded like any
+    other. For optimizers that leave alone what has no gradient, slot by slot: AdamW or
     SGD without weight decay; not `GeoLoRA`, `RiemannianAdamW` or `LoRAPro`. Hooks keep the gradients zero; a
     copy, a pickle, a checkpoint or FSDP do not take them along: call `keep_second_half(model)` there.
 

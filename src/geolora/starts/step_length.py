@@ -67,7 +67,7 @@ def _search(
     loss_fn: Loss | None,
     write_at: Callable[[float], None],
 ) -> StepLength:
-    """Halve NORM until the loss is below that before the start and falls no more; write the norm of the lowest."""
+    """Halve the norm from NORM while the loss keeps falling and until it is below the loss before; write the best."""
     drawn: list[Any] = []
 
     def once() -> Iterable[Any]:  # what the loader raises is then raised on all processes

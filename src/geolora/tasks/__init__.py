@@ -1,1 +1,1 @@
-"""Data in, a trained adapter out: one small file per kind of task."""
+"""The kinds of task: rows in, examples and scores out."""

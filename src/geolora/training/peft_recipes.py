@@ -122,7 +122,7 @@ class DoRA(SavedByPEFT):
         return {"use_dora": True}
 
     def prepare(self, model: Any, batches: Batches) -> None:
-        """It is not made of pairs alone."""
+        """Nothing to check: these layers are no plain pairs."""
 
     def beside(self, shapes: dict[str, tuple[int, int]]) -> int:
         """The magnitudes."""
@@ -183,7 +183,7 @@ class AdaLoRA(SavedByPEFT):
         )
 
     def prepare(self, model: Any, batches: Batches) -> None:
-        """It is not made of pairs."""
+        """Nothing to check: these layers are no plain pairs."""
 
     def callbacks(self, model: Any) -> list[Any]:
         """AdaLoRA's allocator, which nobody else would call."""

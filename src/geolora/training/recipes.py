@@ -55,7 +55,7 @@ class Start:
         """Refuse flags it cannot work with; raises `SettingError`."""
 
     def begin(self, model: Any, batches: Batches, resumed: bool) -> None:
-        """Start the adapter; a run that is resumed has its start behind it."""
+        """Start the adapter, unless the run is resumed."""
         if not resumed:
             size = self.config.batch_size
             resolve(self.method.start)(model, batches(size, -(-START_ROWS // size)))

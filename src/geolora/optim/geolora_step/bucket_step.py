@@ -5,7 +5,7 @@ The step of all buckets is in `geolora.py`, what they decide together in `across
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from geolora.pairs.point import scaled_pair
 from geolora.pairs.sharded import is_sharded, write_factors
 
 CHUNK_BYTES = {"cpu": 1 << 21, "cuda": 1 << 28}
-"""Bytes in float64 of what the layers of one chunk see: what the cache holds for each core, or what a launch is worth."""
+"""Most bytes, counted in float64, that a chunk works on: a core's cache on the CPU, enough for a launch to pay on CUDA."""
 
 
 class Chunk:
@@ -74,14 +74,9 @@ class BucketStep:
         room = CHUNK_BYTES.get(U.device.type, CHUNK_BYTES["cuda"])
         room //= 24 * max(U.shape[1], V.shape[1])
         self._keeps_gradients = self.sharded or self.r * len(widths) <= cores * room
-        layers: dict[int, list[int]] = defaultdict(list)
-        for layer, width in enumerate(widths):
-            layers[width].append(layer)
         self.chunks = [
-            Chunk(same[at : at + size], width, len(widths), U.device)
-            for width, same in layers.items()
-            for size in [len(same) if self.sharded else cores * max(1, room // width)]
-            for at in range(0, len(same), size)
+            Chunk(layers, width, len(widths), U.device)
+            for width, layers in layers_of_chunks(widths, None if self.sharded else room, cores)
         ]
 
     # ---- what of a stack is of a chunk -------------------------------------------------------------
@@ -278,6 +273,27 @@ class BucketStep:
             along, _ = transport(K, L, before_U, before_V, U[..., :0], omega)
             now = self.slots("K", chunk, self.r)
             self.put_slots("K", chunk, now + (along * slot).mT)
+
+
+def layers_of_chunks(
+    widths: Sequence[int], room: int | None, cores: int
+) -> list[tuple[int, list[int]]]:
+    """(width, layers) of every chunk: layers of one width, as many as there is room for on every core.
+
+    Args:
+        widths: slots that each layer takes.
+        room: slots, of all layers of a chunk together, for each core; None for all layers of a width at once.
+        cores: a chunk has at least as many layers, where there are so many.
+    """
+    layers: dict[int, list[int]] = defaultdict(list)
+    for layer, width in enumerate(widths):
+        layers[width].append(layer)
+    return [
+        (width, same[at : at + size])
+        for width, same in layers.items()
+        for size in [len(same) if room is None else cores * max(1, room // width)]
+        for at in range(0, len(same), size)
+    ]
 
 
 def both_sides(chunks: list[Chunk]) -> Span:

@@ -9,7 +9,7 @@ from torch import Tensor
 from geolora.optim.geolora_step.bucket_step import BucketStep
 
 WORTH = 2500
-"""Squares of slots, over all layers, that one more width must save: what its calls cost on a CPU."""
+"""Least saving, in squared widths summed over layers, for which one more distinct width pays for its calls (CPU)."""
 
 
 class SlotWidths:
@@ -24,7 +24,7 @@ class SlotWidths:
         self.counted = {}
 
     def of(self, steps: list[BucketStep]) -> list[int]:
-        """Slots that may be filled after this step, of all layers of buckets with equal r, dtype and device.
+        """How many slots each layer of buckets with equal r, dtype and device may use after this step.
 
         Twice those filled now; where ranks are held, up to the rank. Layers without a gradient need none.
         Counting reads from the device.
