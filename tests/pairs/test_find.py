@@ -206,3 +206,12 @@ def test_names_are_the_same_under_ddp_and_compile() -> None:
         Wrapper(Wrapper(model, "_orig_mod"), "module"),
     ):
         assert [pair.name for pair in find_pairs(wrapped)] == names
+
+
+def test_a_rank_above_the_classes_of_a_head_says_what_helps() -> None:
+    base = nn.ModuleDict({"body": nn.Linear(8, 8), "classifier": nn.Linear(8, 2)})
+    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))
+    with pytest.raises(
+        SettingError, match=r"r=4 for 2 x 8 in `classifier`.*task_type in LoraConfig"
+    ):
+        find_pairs(model)

@@ -3,14 +3,21 @@
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    ResNetConfig,
+    ResNetModel,
+)
 
 import geolora
 from geolora.adapters.truncate import TRUNCATED, truncate
-from geolora.errors import DivergedError, SettingError
+from geolora.errors import DivergedError, ModelError, SettingError
 from geolora.methods import TRAINABLE
 from geolora.pairs.find import find_pairs
 from geolora.pairs.point import read_pair
@@ -19,8 +26,8 @@ from geolora.tasks.task import Data
 from geolora.tasks.text_classification import labelled_texts
 from geolora.training import run as task
 from geolora.training.check import check
-from models import lora_net, tiny_bert
-from rows import reviews
+from models import lora_net, tiny_bert, tiny_vit
+from rows import pictures, reviews
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 RANK = 6
@@ -191,3 +198,24 @@ def test_a_peer_that_diverges_is_an_error(model: Path, data: Data, method: str) 
 def test_flags_belong_to_methods(more: dict, message: str) -> None:
     with pytest.raises(SettingError, match=message):
         check(TrainConfig(model="m", output="none-such", **more))
+
+
+def test_a_model_that_peft_cannot_adapt_is_one_line(tmp_path: Path) -> None:
+    """A ResNet: convolutions and a head."""
+    tiny_vit(tmp_path / "vit")
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])
+    ResNetModel(config).save_pretrained(tmp_path / "resnet")
+    AutoImageProcessor.from_pretrained(tmp_path / "vit").save_pretrained(tmp_path / "resnet")
+    for name in ("train", "dev"):
+        images, labels = pictures(8, 0)
+        np.savez(tmp_path / f"{name}.npz", images=images, labels=labels, names=["up", "down"])
+    run = TrainConfig(
+        model=str(tmp_path / "resnet"), task="image-classification", rank=2, max_steps=1,
+        train=str(tmp_path / "train.npz"), eval=str(tmp_path / "dev.npz"), batch_size=4,
+        output=str(tmp_path / "out"),
+    )  # fmt: skip
+    with pytest.raises(
+        ModelError, match="peft cannot add GeoLoRA to the linear layers of .*ResNet"
+    ):
+        task.run(run)
+    assert not (tmp_path / "out").exists()

@@ -205,13 +205,21 @@ def _check(pair: Pair, with_sharded: bool) -> None:
     if pair.r > min(pair.d_out, pair.d_in):
         raise SettingError(
             f"geolora: rank must be at most min(d_out, d_in); got r={pair.r} for "
-            f"{pair.d_out} x {pair.d_in} in `{pair.name}`. Lower `r`, or leave this layer out."
+            f"{pair.d_out} x {pair.d_in} in `{pair.name}`. Lower `r`, or leave this layer out"
+            f"{_of_head(pair.name)}."
         )
     if pair.scale <= 0:
         raise SettingError(
             f"geolora: LoRA's scaling must be positive; got {pair.scale} in `{pair.name}`. "
             "Set `lora_alpha` = r."
         )
+
+
+def _of_head(name: str) -> str:
+    """What else helps where a layer is the head of a classifier."""
+    if not {"classifier", "score", "qa_outputs", "classification_head"} & set(name.split(".")):
+        return ""
+    return ": with task_type in LoraConfig (\"SEQ_CLS\", say) peft trains and saves the head itself"
 
 
 def factor_modules(model: nn.Module, adapter: str) -> dict[str, tuple[nn.Module, nn.Module]]:

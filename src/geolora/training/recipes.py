@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from geolora.adapters.export import export
-from geolora.errors import SettingError
+from geolora.errors import ModelError, SettingError, first_line
 from geolora.methods import METHODS, STARTS, TRAINABLE, Method, method_of, resolve
 from geolora.pairs.find import find_pairs
 from geolora.settings.train_config import TrainConfig
@@ -165,7 +165,13 @@ class Recipe:
         # the task type only later: with it, PEFT would take any module whose name ends like a head
         with warnings.catch_warnings():  # a hint how EVA's start needs less memory
             warnings.filterwarnings("ignore", "lora with eva initialization used", UserWarning)
-            peft_model = get_peft_model(model, self.peft_config(common, total))
+            try:
+                peft_model = get_peft_model(model, self.peft_config(common, total))
+            except (ValueError, NotImplementedError, RuntimeError) as error:
+                raise ModelError(
+                    f"`--model`: peft cannot add {self.method.title} to the linear layers of "
+                    f"{self.config.model} ({type(model).__name__}): {first_line(error)}."
+                ) from error
         peft_model.peft_config["default"].task_type = TaskType[kind] if kind else None
         self.prepare(peft_model, batches)
         return peft_model
