@@ -87,9 +87,10 @@ TABLE = """
     tasks.answers                    : errors tasks.chat_tokens tasks.task
     tasks.causal_lm                  : errors processes settings tasks.answers tasks.chat_tokens tasks.task tasks.tokenizers
     tasks.chat_tokens                : errors tasks.tokenizers
+    tasks.csv_rows                   : errors
     tasks.image_classification       : errors settings tasks.rows tasks.task
     tasks.metrics                    :
-    tasks.rows                       : errors files
+    tasks.rows                       : errors tasks.csv_rows
     tasks.task                       : adapters errors processes settings tasks.rows
     tasks.text_classification        : settings tasks.rows tasks.task tasks.tokenizers
     tasks.token_classification       : errors settings tasks.rows tasks.task tasks.tokenizers

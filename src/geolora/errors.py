@@ -25,6 +25,7 @@ On the command line each error is one line on stderr and exit code 2. At the end
 """
 
 import difflib
+import itertools
 import re
 from collections.abc import Iterable
 
@@ -117,14 +118,26 @@ def at_most_three(names: list[str]) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """ " Did you mean `x`?" for the closest known word, or nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f" Did you mean `{close[0]}`?" if close else ""
+    """ " Did you mean `x`?" for the known word that differs in a letter or two, or nothing."""
+    short = [name for name in itertools.islice(known, 10_000) if len(name) <= 100]
+    close = difflib.get_close_matches(word.lstrip("-"), {n.lstrip("-"): n for n in short}, 1, 0.75)
+    full = next((name for name in short if close and name.lstrip("-") == close[0]), None)
+    return f" Did you mean `{full}`?" if full and len(word) <= 100 else ""
+
+
+def listed(names: Iterable[object]) -> str:
+    """Names out of a file for a message: ten at most, each short, then a count of the rest."""
+    every = [str(name) for name in names]
+    text = ", ".join(shown(name)[1:-1] for name in every[:10])
+    return f"{text} and {len(every) - 10:,} more" if len(every) > 10 else text or "none"
 
 
 def shown(value: object) -> str:
     """A value out of a file for a message: on one line, and short."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number of more than 4300 digits
+        text = type(value).__name__
     return text if len(text) <= 80 else f"{text[:60]}…{text[-15:]}"
 
 

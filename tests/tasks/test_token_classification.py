@@ -107,6 +107,15 @@ def test_entities_as_conlleval_counts_them(tags: str, found: set) -> None:
     assert entities(tags.split()) == found
 
 
+def test_tags_are_the_same_however_their_numbers_are_written(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    for name, tags in (("train", [0.0, 1.0]), ("dev", ["1", "0"])):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"words": ["a", "the"], "tags": tags}))
+    data = training.load(dataclasses.replace(config, metric="token_accuracy"))
+    assert (data.names, data.train.labels, data.held_out.labels) == (["0", "1"], [[0, 1]], [[1, 0]])
+
+
 def test_what_is_no_row_of_words_and_tags_is_refused(config: TrainConfig, tmp_path: Path) -> None:
     def refused(rows: list[dict], error: type[Exception], match: str, **changes: object) -> None:
         file = tmp_path / "bad.jsonl"
@@ -123,6 +132,12 @@ def test_what_is_no_row_of_words_and_tags_is_refused(config: TrainConfig, tmp_pa
         [{"words": ["the"], "tags": ["O", "O"]}], DataError, "row 1 of bad.jsonl has 1 words and 2"
     )
     refused([{"words": ["the"], "tags": "O"}], DataError, "has 1 words and 'O'")
+    for tag in (["O"], None, {}, ""):
+        refused(
+            [{"words": ["a"], "tags": ["O"]}, {"words": ["a", "the"], "tags": ["O", tag]}],
+            DataError,
+            "must hold a name or number for every word; row 2 of bad.jsonl has",
+        )
     refused(
         [{"words": ["a", "b"], "tags": ["DT", "NN"]}],
         DataError,

@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from geolora.errors import DataError, SettingError, nearest
+from geolora.errors import DataError, SettingError, listed, nearest
 from geolora.settings.train_config import TrainConfig
+from geolora.tasks.rows import classes
 from geolora.tasks.rows import column as column_of
 from geolora.tasks.task import (
     Data,
@@ -53,7 +54,13 @@ class ImageClassification(Task):
                 "`--task image-classification` needs the package `pillow`. Install geolora[images]: "
                 "pip install 'geolora[images]'."
             )
-        train, held_out = (_pictures(config, flag) for flag in ("--train", "--eval"))
+        sides = [(flag, _pictures(config, flag)) for flag in ("--train", "--eval")]
+        train, held_out = (
+            Rows(
+                rows.inputs, classes(rows.labels, config.label, Path(source_of(config, flag)).name)
+            )
+            for flag, rows in sides
+        )
         return with_classes(train, held_out, config.label)
 
     def load(self, config: TrainConfig, data: Data) -> Loaded:
@@ -161,7 +168,7 @@ def _of_arrays(path: Path, flag: str) -> Rows:
                 name = next((name for name in known if name in file.files), None)
                 if name is None:
                     raise DataError(
-                        f"`{flag}`: {path.name} must hold {' or '.join(known)}; it has {file.files}."
+                        f"`{flag}`: {path.name} must hold {' or '.join(known)}; it has {listed(file.files)}."
                         f"{nearest(kind, file.files)}"
                     )
                 arrays[kind] = file[name]
@@ -178,11 +185,16 @@ def _of_arrays(path: Path, flag: str) -> Rows:
             f"n labels; got {images.dtype} {images.shape} and {labels.shape}."
         )
     values = labels.tolist()
+    if names is None:
+        return Rows(list(images), values)
+    if len(set(names)) < len(names):
+        raise DataError(f"`{flag}`: `names` of {path.name} must differ; one stands there twice.")
     try:
-        return Rows(list(images), [names[value] for value in values] if names else values)
-    except (IndexError, TypeError) as error:
+        places = dict(enumerate(names))  # and not from the end, as names[-1] would be
+        return Rows(list(images), [places[value] for value in values])
+    except KeyError as error:
         raise DataError(
-            f"`{flag}`: `names` of {path.name} must have an entry per label; it has {len(names or [])}."
+            f"`{flag}`: `names` of {path.name} must have an entry per label; it has {len(names)}."
         ) from error
 
 

@@ -2,22 +2,27 @@
 
 import csv
 import gzip
+import json
 import math
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from geolora.errors import DataError, first_line, nearest
-from geolora.files import parse_json
+from geolora.errors import DataError, first_line, listed, nearest, shown
+from geolora.tasks.csv_rows import Row, demand_once, lines_of, read_csv
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
 HUB = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))??(?::(\w+(?:\[[^\]]*\])?))?$")
 """owner/name, owner/name:split or owner/name:config:split."""
+LARGEST = 1e16
+"""Size of a number to learn: the loss squares it in float32, which ends at 3e38."""
+NUMBER = re.compile(r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*", re.ASCII)
+WHOLE = re.compile(r"[-+]?\d{1,15}\.0*", re.ASCII)
 SPLITS = {"--train": "train", "--eval": "validation"}
-Row = dict[str, Any]
 
 
 def read_rows(source: str | Path, flag: str) -> list[Row]:
@@ -52,7 +57,7 @@ def read_rows(source: str | Path, flag: str) -> list[Row]:
 
 def _reader_of(path: Path, flag: str) -> Callable[[Path], list[Row]]:
     if path.name.endswith(".csv"):
-        return _read_csv
+        return read_csv
     if path.name.endswith(".parquet"):
         _demand_datasets(flag)
         return _read_parquet
@@ -70,6 +75,7 @@ def _demand_datasets(flag: str) -> None:
 def _read_parquet(path: Path) -> list[Row]:
     from pyarrow import parquet
 
+    demand_once(parquet.read_schema(path).names)
     return parquet.read_table(path).to_pylist()
 
 
@@ -81,9 +87,9 @@ def _read_hub(source: str, flag: str) -> list[Row]:
     match = HUB.match(source)
     assert match is not None  # noqa: S101 (read_rows)
     name, config, split = match.groups()
-    datasets.disable_progress_bars()
     try:
-        loaded = datasets.load_dataset(name, config, split=split or SPLITS[flag])
+        with without_bars():
+            loaded = datasets.load_dataset(name, config, split=split or SPLITS[flag])
     # any of a dozen classes of three packages: the network, the name, the config, the split
     except Exception as error:
         raise DataError(
@@ -96,26 +102,72 @@ def _read_hub(source: str, flag: str) -> list[Row]:
     return rows
 
 
-def _read_csv(path: Path) -> list[Row]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        return list(csv.DictReader(file))
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Silence the progress bars of `datasets`; at the end, also of a failure, they are as they were."""
+    from datasets.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    silent = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not silent:
+            enable_progress_bars()
+
+
+# ---- JSON ---------------------------------------------------------------------------------------
+
+
+class _Twice(ValueError):
+    """A key that stands twice in an object."""
 
 
 def _read_jsonl(path: Path) -> list[Row]:
     rows = []
     opened = gzip.open if path.name.endswith(".gz") else open
-    with opened(path, "rt", encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
+    with opened(path, "rt", encoding="utf-8-sig") as file:
+        for number, line in enumerate(lines_of(file), 1):
             if not line.strip():
                 continue
             try:
-                row = parse_json(line)
-            except ValueError as error:
-                raise ValueError(f"line {number} is not JSON ({error})") from error
+                row = json.loads(line, object_pairs_hook=_with_keys_once)
+            except _Twice as error:
+                raise ValueError(f"line {number} has the key {error} twice. Remove one") from error
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"line {number} is not JSON ({first_line(error)})") from error
             if not isinstance(row, dict):
                 raise ValueError(f"line {number} is not an object")
+            if "\\ud" in line or "\\uD" in line:
+                _demand_whole(row, number)
             rows.append(row)
     return rows
+
+
+def _with_keys_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _Twice(shown(next(key for key in keys if keys.count(key) > 1)))
+    return result
+
+
+def _demand_whole(row: Row, number: int) -> None:
+    """Raise ValueError for one half of a surrogate pair, which is no text and no tokenizer takes."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])[1:-1]
+        raise ValueError(
+            f"line {number} has half of a character, {half}. Write the whole character"
+        ) from error
+
+
+# ---- columns ------------------------------------------------------------------------------------
 
 
 def column(rows: Sequence[Row], name: str, flag: str, source: str) -> list[Any]:
@@ -126,9 +178,9 @@ def column(rows: Sequence[Row], name: str, flag: str, source: str) -> list[Any]:
     """
     for number, row in enumerate(rows, 1):
         if name not in row:
-            known = sorted(key for key in row if key is not None)
+            known = sorted(row)
             raise DataError(
-                f"`{flag}`: {source} has no column `{name}` (row {number}); it has {known}."
+                f"`{flag}`: {source} has no column `{name}` (row {number}); it has {listed(known)}."
                 f"{nearest(name, known)}"
             )
         if row[name] is None or row[name] == "":
@@ -148,28 +200,71 @@ def texts(rows: Sequence[Row], name: str, flag: str, source: str) -> list[str]:
     return values
 
 
+def class_label(value: Any) -> str | None:
+    """The name of a class, the same for 1, 1.0, "1" and "1.0"; None for what names none: lists, NaN, dates, nothing."""
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return None
+        return str(int(value)) if value.is_integer() else str(value)
+    if isinstance(value, str):
+        return str(int(float(value))) if WHOLE.fullmatch(value) else value or None
+    return str(value) if isinstance(value, int) and abs(value) < 10**100 else None
+
+
+def classes(values: Sequence[Any], name: str, source: str) -> list[str]:
+    """A column of classes, as their names.
+
+    Raises:
+        DataError: a value that is no name and no number: a list or a one-hot row, say.
+    """
+    result = []
+    for number, value in enumerate(values, 1):
+        label = class_label(value)
+        if label is None:
+            several = isinstance(value, Sequence | dict) and not isinstance(value, str | bytes)
+            raise DataError(
+                f"`--label`: column `{name}` must hold one name or number per row; row {number} of {source} "
+                f"has {shown(value)}."
+                + (" Of a one-hot row give the place of its 1." if several else "")
+            )
+        result.append(label)
+    return result
+
+
 def class_names(train: Sequence[Any], held_out: Sequence[Any], name: str) -> list[str]:
     """The sorted classes of the training labels; every held-out label must be one of them.
 
+    Args:
+        train: names, as `classes` gives them, and so is held_out.
+
     Raises:
         DataError: fewer than two classes, numbers that are not 0..K-1, or a class that was never
-            trained.
+            trained; a label that names no class.
     """
+    for label in (*train, *held_out):
+        if class_label(label) is None:
+            raise DataError(
+                f"`--label`: column `{name}` must hold names or numbers; got {shown(label)}."
+            )
     known = sorted({str(label) for label in train}, key=_natural)
     values = [_natural(label)[1] for label in known if _natural(label)[0] == 0]
     if values and (len(values) < len(known) or values != list(range(len(values)))):
-        shown = ", ".join(known[:4]) + (", …" if len(known) > 4 else "")
+        some = ", ".join(shown(label)[1:-1] for label in known[:4])
         raise DataError(
-            f"`--label`: column `{name}` must hold names or 0..K-1 without gaps; got {shown}. "
+            f"`--label`: column `{name}` must hold names or 0..K-1 without gaps; got "
+            f"{some}{', …' if len(known) > 4 else ''}. "
             "Renumber them, write names, or use --task text-regression."
         )
     if len(known) < 2:
-        raise DataError(f"`--label`: column `{name}` must have two classes or more; got {known}.")
+        raise DataError(
+            f"`--label`: column `{name}` must have two classes or more; got [{', '.join(map(shown, known))}]."
+        )
+    among = set(known)
     for label in held_out:
-        if str(label) not in known:
+        if str(label) not in among:
             raise DataError(
-                f"`--eval`: label `{label}` of column `{name}` does not occur in the training data."
-                f"{nearest(str(label), known)}"
+                f"`--eval`: label `{shown(str(label))[1:-1]}` of column `{name}` does not occur in the "
+                f"training data.{nearest(str(label), known)}"
             )
     return known
 
@@ -178,25 +273,27 @@ def numbers(values: Sequence[Any], name: str, source: str) -> list[float]:
     """A column of finite numbers.
 
     Raises:
-        DataError: a value that is not a number.
+        DataError: a value that is not a number, or one too large to be learnt.
     """
     result = []
     for number, value in enumerate(values, 1):
         try:
             parsed = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             parsed = math.nan
         if not math.isfinite(parsed):
             raise DataError(
                 f"`--label`: column `{name}` must hold finite numbers; row {number} of {source} has "
-                f"{value!r}. Use --task text-classification for classes."
+                f"{shown(value)}. Use --task text-classification for classes."
+            )
+        if abs(parsed) > LARGEST:
+            raise DataError(
+                f"`--label`: column `{name}` must hold numbers up to {LARGEST:.0e}, whose squares float32 "
+                f"holds; row {number} of {source} has {shown(value)}. Scale the column."
             )
         result.append(parsed)
     return result
 
 
 def _natural(label: str) -> tuple[int, float, str]:
-    try:
-        return 0, float(label), label
-    except ValueError:
-        return 1, 0.0, label
+    return (0, float(label), label) if NUMBER.fullmatch(label) else (1, 0.0, label)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from geolora.settings.train_config import TrainConfig
+from geolora.tasks.rows import classes, numbers, texts
 from geolora.tasks.rows import column as column_of
-from geolora.tasks.rows import numbers, texts
 from geolora.tasks.task import (
     Data,
     Loaded,
@@ -33,8 +33,17 @@ class TextClassification(Task):
 
     def read(self, config: TrainConfig) -> Data:
         """Columns `--text`, `--text-pair` and `--label`."""
-        train, held_out = (self._rows(config, flag) for flag in ("--train", "--eval"))
+        train, held_out = (
+            Rows(rows.inputs, classes(rows.labels, config.label, Path(path).name))
+            for path, rows in self._sides(config)
+        )
         return with_classes(train, held_out, config.label)
+
+    def _sides(self, config: TrainConfig) -> list[tuple[str, Rows]]:
+        """(source, its rows) to train and to score on."""
+        return [
+            (source_of(config, flag), self._rows(config, flag)) for flag in ("--train", "--eval")
+        ]
 
     def _rows(self, config: TrainConfig, flag: str) -> Rows:
         rows = rows_of(config, flag)
@@ -93,10 +102,7 @@ class TextRegression(TextClassification):
         """Columns as for classes; labels must be numbers."""
         train, held_out = (
             Rows(rows.inputs, numbers(rows.labels, config.label, Path(path).name))
-            for path, rows in (
-                (config.train, self._rows(config, "--train")),
-                (config.eval, self._rows(config, "--eval")),
-            )
+            for path, rows in self._sides(config)
         )
         return Data(train, held_out, [])
 
@@ -118,7 +124,9 @@ def labelled_texts(
 ) -> Data:
     """`Data` of rows {"text": ..., "label": class}."""
     learnt, scored = (
-        Rows([(row["text"],) for row in rows], [row["label"] for row in rows])
-        for rows in (train, held_out)
+        Rows(
+            [(row["text"],) for row in rows], classes([row["label"] for row in rows], "label", name)
+        )
+        for name, rows in (("train", train), ("held_out", held_out))
     )
     return with_classes(learnt, scored)

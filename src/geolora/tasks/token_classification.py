@@ -5,9 +5,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from geolora.errors import DataError, SettingError
+from geolora.errors import DataError, SettingError, listed, shown
 from geolora.settings.train_config import TrainConfig
-from geolora.tasks.rows import class_names
+from geolora.tasks.rows import class_label, class_names
 from geolora.tasks.rows import column as column_of
 from geolora.tasks.task import (
     Data,
@@ -50,7 +50,7 @@ class TokenClassification(Task):
             name == "O" or name[:2] in ("B-", "I-") for name in names
         ):
             raise SettingError(
-                f"`--metric entity_f1` needs tags O, B-… and I-…; column `{config.label}` has {names[:4]}. "
+                f"`--metric entity_f1` needs tags O, B-… and I-…; column `{config.label}` has {listed(names[:4])}. "
                 "Use --metric token_accuracy."
             )
         index = {name: i for i, name in enumerate(names)}
@@ -166,6 +166,25 @@ def _words_and_tags(config: TrainConfig, flag: str) -> Rows:
         if not isinstance(of_them, list) or len(of_them) != len(some):
             raise DataError(
                 f"`--label`: column `{config.label}` must hold a tag for every word; row {number} of {name} "
-                f"has {len(some)} words and {len(of_them) if isinstance(of_them, list) else of_them!r}."
+                f"has {len(some)} words and {len(of_them) if isinstance(of_them, list) else shown(of_them)}."
             )
-    return Rows(words, tags)
+    names = classes_of(tags, config, name)
+    return Rows(words, names)
+
+
+def classes_of(tags: list[list[Any]], config: TrainConfig, name: str) -> list[list[str]]:
+    """The tags of every row as names of classes.
+
+    Raises:
+        DataError: a tag that is no name and no number.
+    """
+    result = []
+    for number, some in enumerate(tags, 1):
+        labels = [class_label(tag) for tag in some]
+        if None in labels:
+            raise DataError(
+                f"`--label`: column `{config.label}` must hold a name or number for every word; row {number} "
+                f"of {name} has {shown(some[labels.index(None)])}."
+            )
+        result.append(labels)
+    return result
