@@ -15,7 +15,7 @@ from geolora.errors import DataError, DataWarning, ModelError, SettingError
 from geolora.settings.train_config import TrainConfig
 from geolora.tasks.answers import is_right
 from geolora.tasks.causal_lm import CausalLM
-from geolora.tasks.chat_tokens import chat_tokens, pair_tokens
+from geolora.tasks.chat_tokens import chat_tokens, checked_chat, pair_tokens
 from geolora.tasks.tokenizers import IGNORED
 from geolora.training import run as training
 from models import CHAT, tiny_llama
@@ -176,7 +176,7 @@ def test_what_cannot_be_learnt_is_refused(config: TrainConfig, tmp_path: Path) -
         "must have columns `question` and `anwser`, `messages`, or `text`",
         completion="anwser",
     )
-    refused(DataError, "no row has an answer within 3 tokens", max_length=3)
+    refused(DataError, "no row has a text or an answer within 3 tokens", max_length=3)
     refused(SettingError, "`--max-length` must be at most 64", max_length=65)
     chat = write(
         tmp_path / "chat.jsonl", [{"messages": [{"role": "assistant", "content": "good"}]}]
@@ -194,7 +194,7 @@ def test_what_cannot_be_learnt_is_refused(config: TrainConfig, tmp_path: Path) -
     refused(DataError, "must have text", train=str(tmp_path / "no.txt"))
     refused(
         DataError,
-        "`--eval`: no row has an answer within 3 tokens",
+        "`--eval`: no row has a text or an answer within 3 tokens",
         max_length=3,
         train=text_file(tmp_path),
     )
@@ -236,7 +236,9 @@ def test_rows_that_are_left_out_are_told(config: TrainConfig, tmp_path: Path) ->
     config = dataclasses.replace(
         config, train=write(tmp_path / "long.jsonl", rows), max_length=12, max_steps=1
     )
-    with pytest.warns(DataWarning, match="`--train`: 1 of 5 rows have no answer within 12 tokens"):
+    with pytest.warns(
+        DataWarning, match="`--train`: 1 of 5 rows have no text or answer within 12 tokens"
+    ):
         training.run(config)
 
 
@@ -251,3 +253,116 @@ def test_rows_that_are_left_out_are_told(config: TrainConfig, tmp_path: Path) ->
 )  # fmt: skip
 def test_an_answer_is_right(text: str, wanted: str, right: bool) -> None:
     assert is_right(text, wanted) == right
+
+
+# ---- chats, whole or not at all -----------------------------------------------------------------
+
+CALLS = (
+    "{% if tools %}tools {{ tools | tojson }} {% endif %}{% for m in messages %}<|{{ m['role'] }}|> "
+    "{% if m['think'] %}not {{ m['think'] }} {% endif %}{{ m['content'] }} "
+    "{% for c in m['tool_calls'] or [] %}a {{ c['function']['name'] }} {% endfor %}</s> {% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|> {% endif %}"
+)
+CALL = {"type": "function", "function": {"name": "music", "arguments": {}}}
+
+
+def talk(**answer: object) -> dict:
+    return {"messages": [{"role": "user", "content": "the film"}, {"role": "assistant", **answer}]}
+
+
+def learnt(tokenizer: object, row: dict) -> str:
+    row = checked_chat(row, "row 1")
+    found = chat_tokens(tokenizer, row["messages"], row.get("tools"))
+    return tokenizer.decode([label for label in found["labels"] if label >= 0])
+
+
+@pytest.fixture
+def caller(chat_model: Path) -> object:
+    """A tokenizer whose template knows of tools, calls and thoughts."""
+    tokenizer = AutoTokenizer.from_pretrained(chat_model)
+    tokenizer.chat_template = CALLS
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "answer, text",
+    [
+        ({"content": None, "tool_calls": [CALL]}, "a music </s>"),
+        ({"content": "", "tool_calls": [CALL]}, "a music </s>"),
+        ({"tool_calls": [CALL, CALL]}, "a music a music </s>"),
+        ({"content": "good", "tool_calls": [CALL]}, "good a music </s>"),
+        ({"content": "good", "think": "bad"}, "not bad good </s>"),
+        ({"content": "good", "think": None, "tool_calls": [], "weight": 1}, "good </s>"),
+        ({"content": "good", "weight": 0}, ""),
+    ],
+)
+def test_an_answer_is_learnt_whole(caller: object, answer: dict, text: str) -> None:
+    assert learnt(caller, talk(**answer)) == text
+
+
+def test_what_a_template_leaves_out_is_refused_by_key(caller: object, chat_model: Path) -> None:
+    plain = AutoTokenizer.from_pretrained(chat_model)
+    for key, value in (("tool_calls", [CALL]), ("think", "bad"), ("reasoning_content", "bad")):
+        with pytest.raises(DataError, match=f"leaves out `{key}` of message 2, assistant: nothing"):
+            learnt(plain, talk(content="good", **{key: value}))
+    with pytest.raises(DataError, match="leaves out `reasoning_content` of message 2"):
+        learnt(caller, talk(content="good", reasoning_content="bad"))
+    row = {**talk(content="good"), "tools": [CALL]}
+    with pytest.raises(DataError, match="leaves out `tools`: nothing of it would be learnt"):
+        learnt(plain, row)
+    checked = checked_chat(row, "row 1")
+    wanted = caller.apply_chat_template(row["messages"], tools=[CALL], return_dict=False)
+    assert chat_tokens(caller, checked["messages"], checked["tools"])["input_ids"] == wanted
+    said = [*talk(tool_calls=[CALL])["messages"], {"role": "tool", "content": "good", "name": "music", "tool_call_id": "7"},
+            {"role": "assistant", "content": "fine"}]  # fmt: skip
+    assert learnt(caller, {"messages": said}) == "a music </s> fine </s>", "marks may be left out"
+
+
+def test_a_thought_may_be_shown_at_the_end_only(chat_model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(chat_model)
+    tokenizer.chat_template = CALLS.replace("if m['think']", "if m['think'] and loop.last")
+    said = [*talk(content="good", think="bad")["messages"], *talk(content="fine")["messages"]]
+    assert learnt(tokenizer, {"messages": said}) == "good </s> fine </s>", "as the template says"
+
+
+@pytest.mark.parametrize(
+    "row, line",
+    [
+        (talk(content=None), "row 1: message 2 must have text as `content`; got None"),
+        (talk(content=""), "row 1: message 2, of the assistant, says nothing"),
+        (talk(content=" ", tool_calls=[]), "row 1: message 2, of the assistant, says nothing"),
+        (talk(content="", weight=0), "row 1: message 2, of the assistant, says nothing"),
+        (talk(content="good", weight=0.5), "row 1: message 2: `weight` must be 0 or 1; got 0.5"),
+        (talk(content=[{"type": "text", "text": "good"}]), "message 2 must have text as `content`; got [{"),
+        ({"messages": [*talk(content="a")["messages"], "b"]}, "must have `messages` [{role, content}"),
+        ({"messages": [{"role": None, "content": "a"}]}, "message 1 must have a `role`; got None"),
+        ({**talk(content="a"), "tools": "[]"}, "`tools` must be a list of objects; got '[]'"),
+        ({**talk(content="a"), "functions": [{}]}, "has `functions`, which no template is given"),
+        (talk(content="a", extra=b"x"), "`messages` must be JSON"),
+    ],
+)  # fmt: skip
+def test_what_is_no_chat_is_refused(row: dict, line: str) -> None:
+    with pytest.raises(DataError) as caught:
+        checked_chat(row, "row 1")
+    assert line in str(caught.value)
+
+
+def test_the_command_says_the_row_of_a_chat(
+    config: TrainConfig, chat_model: Path, tmp_path: Path
+) -> None:
+    def refused(row: dict, match: str, **changes: object) -> None:
+        file = write(tmp_path / "chat.jsonl", [talk(content="good"), row])
+        changed = dataclasses.replace(
+            config, model=str(chat_model), train=file, eval=file, **changes
+        )
+        with pytest.raises(DataError, match=match):
+            TASK.load(changed, training.load(changed))
+
+    refused(talk(content=""), "`--train`: row 2 of chat.jsonl: message 2, of the assistant, says")
+    refused(
+        talk(content="a", tool_calls=[CALL]), "`--eval`: row 2: `messages`: the chat template of"
+    )
+    refused(talk(content="a", weight=0), "row 2.*the last answer", metric="exact_match")
+    pair = write(tmp_path / "pair.jsonl", [{"question": "a", "answer": " "}])
+    with pytest.raises(DataError, match="row 1 of pair.jsonl has no answer in column `answer`"):
+        training.load(dataclasses.replace(config, train=pair))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from geolora.errors import DataError, SettingError
-from geolora.tasks.chat_tokens import prompt_tokens, render
+from geolora.tasks.chat_tokens import WEIGHT, demand_all_is_used, prompt_tokens, render
 from geolora.tasks.task import Predictions, Rows
 
 BATCH = 8
@@ -26,9 +26,16 @@ def prompts_of(tokenizer: Any, rows: Rows, longest: int) -> tuple[list[list[int]
     for number, row in enumerate(rows.inputs, 1):
         if "messages" in row:
             last = max(i for i, m in enumerate(row["messages"]) if m["role"] == "assistant")
-            wanted.append(row["messages"][last]["content"])
-            asked = row["messages"][:last]
-            prompts.append(render(tokenizer, asked, answer_begun=True) if asked else [])
+            answer, asked = row["messages"][last], row["messages"][:last]
+            where = f"`--eval`: row {number}: `messages`"
+            if not answer["content"].strip() or answer.get(WEIGHT) == 0:
+                raise DataError(
+                    f"{where}: the last answer, which `--metric exact_match` compares, must have text and not "
+                    "the weight 0. Take the row out, or use --metric perplexity."
+                )
+            wanted.append(answer["content"])
+            demand_all_is_used(tokenizer, asked, row.get("tools"), where)
+            prompts.append(render(tokenizer, asked, True, row.get("tools"), where) if asked else [])
         else:
             wanted.append(row["completion"])
             prompts.append(prompt_tokens(tokenizer, row["prompt"]))

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from geolora.errors import DataError, DataWarning, ModelError, SettingError, nearest
+from geolora.errors import DataError, DataWarning, ModelError, SettingError, listed, nearest
 from geolora.processes import one_device
 from geolora.settings.train_config import TrainConfig
 from geolora.tasks.answers import answer_all, prompts_of
-from geolora.tasks.chat_tokens import chat_tokens, pair_tokens
+from geolora.tasks.chat_tokens import chat_tokens, checked_chat, pair_tokens
 from geolora.tasks.task import Data, Loaded, Predictions, Rows, Task, loading, rows_of, source_of
 from geolora.tasks.tokenizers import IGNORED, limit, max_length, pad
 
@@ -156,15 +156,22 @@ def _examples(loaded: Loaded, rows: Rows, flag: str, warn: bool = False) -> list
     """
     tokenizer, examples, unanswered = loaded.processor, [], 0
     size = tokenizer.model_max_length
-    for row in rows.inputs:
+    for number, row in enumerate(rows.inputs, 1):
         if "text" in row:
             text = row["text"] + (tokenizer.eos_token or "")
             ids = tokenizer(text, verbose=False)["input_ids"]
             windows = (ids[start : start + size] for start in range(0, len(ids), size))
-            examples += [{"input_ids": w, "labels": w} for w in windows if len(w) > 1]
+            kept = [{"input_ids": w, "labels": w} for w in windows if len(w) > 1]
+            examples += kept
+            unanswered += not kept
             continue
         chat = "messages" in row
-        example = chat_tokens(tokenizer, row["messages"]) if chat else pair_tokens(tokenizer, row)
+        where = f"`{flag}`: row {number}: `messages`"
+        example = (
+            chat_tokens(tokenizer, row["messages"], row.get("tools"), where)
+            if chat
+            else pair_tokens(tokenizer, row)
+        )
         cut = {key: value[:size] for key, value in example.items()}
         if any(label != IGNORED for label in cut["labels"][1:]):
             examples.append(cut)
@@ -172,11 +179,11 @@ def _examples(loaded: Loaded, rows: Rows, flag: str, warn: bool = False) -> list
             unanswered += 1
     if not examples:
         raise DataError(
-            f"`{flag}`: no row has an answer within {size} tokens. Raise `--max-length`."
+            f"`{flag}`: no row has a text or an answer within {size} tokens. Raise `--max-length`."
         )
     if unanswered and warn:
         warnings.warn(
-            f"`{flag}`: {unanswered} of {len(rows)} rows have no answer within {size} tokens and are left "
+            f"`{flag}`: {unanswered} of {len(rows)} rows have no text or answer within {size} tokens and are left "
             "out. Raise `--max-length`.",
             DataWarning,
             stacklevel=2,
@@ -219,10 +226,10 @@ def _columns(config: TrainConfig, row: dict[str, Any], flag: str, path: str) -> 
         return {"messages": "messages"}
     if config.text in row:
         return {"text": config.text}
-    known = sorted(key for key in row if key is not None)
+    known = sorted(row)
     raise DataError(
         f"`{flag}`: {Path(path).name} must have columns `{config.prompt}` and `{config.completion}`, "
-        f"`messages`, or `{config.text}`; it has {known}. Name them by --prompt and --completion, or --text."
+        f"`messages`, or `{config.text}`; it has {listed(known)}. Name them by --prompt and --completion, or --text."
         f"{nearest(config.text, known)}"
     )
 
@@ -233,19 +240,13 @@ def _checked(
     values = {kind: row.get(name) for kind, name in columns.items()}
     where = f"`{flag}`: row {number} of {Path(path).name}"
     if "messages" in values:
-        given = values["messages"]
-        messages = [m for m in given if isinstance(m, dict)] if isinstance(given, list) else []
-        messages = [{key: m.get(key) for key in ("role", "content")} for m in messages]
-        good = all(isinstance(value, str) for m in messages for value in m.values())
-        if not good or not any(m["role"] == "assistant" for m in messages):
-            raise DataError(
-                f"{where} must have `messages` [{{role, content}}, …] with an assistant's among them."
-            )
-        return {"messages": messages}
+        return checked_chat(row, where)
     for kind, value in values.items():
         if not isinstance(value, str):
-            shown = "nothing" if value is None else type(value).__name__
-            raise DataError(f"{where} must have text in column `{columns[kind]}`; got {shown}.")
+            got = "nothing" if value is None else type(value).__name__
+            raise DataError(f"{where} must have text in column `{columns[kind]}`; got {got}.")
+        if kind == "completion" and not value.strip():
+            raise DataError(f"{where} has no answer in column `{columns[kind]}`. Take it out.")
     return values
 
 
