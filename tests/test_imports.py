@@ -85,7 +85,7 @@ TABLE = """
     starts.lora_sb                   : methods starts.gradient_pass starts.gradient_state starts.step_length
     starts.step_length               : errors pairs starts.gradient_pass
     tasks.answers                    : errors tasks.chat_tokens tasks.task
-    tasks.causal_lm                  : errors processes settings tasks.answers tasks.chat_tokens tasks.task tasks.tokenizers
+    tasks.causal_lm                  : errors processes settings tasks.answers tasks.chat_tokens tasks.rows tasks.task tasks.tokenizers
     tasks.chat_tokens                : errors tasks.tokenizers
     tasks.csv_rows                   : errors
     tasks.image_classification       : errors settings tasks.rows tasks.task

@@ -12,16 +12,29 @@ from typing import Any
 
 import torch
 
-from geolora.errors import DataError, DataWarning, ModelError, SettingError, listed, nearest
+from geolora.errors import (
+    DataError,
+    DataWarning,
+    ModelError,
+    SettingError,
+    first_line,
+    listed,
+    nearest,
+)
 from geolora.processes import one_device
 from geolora.settings.train_config import TrainConfig
 from geolora.tasks.answers import answer_all, prompts_of
 from geolora.tasks.chat_tokens import chat_tokens, checked_chat, pair_tokens
+from geolora.tasks.rows import without_bars
 from geolora.tasks.task import Data, Loaded, Predictions, Rows, Task, loading, rows_of, source_of
 from geolora.tasks.tokenizers import IGNORED, limit, max_length, pad
 
 MAX_LENGTH = 1024
 EVAL_BATCH = 8
+PROBE = 16
+"""Tokens of the rows that show whether packed rows see each other."""
+LONGEST_TEXT = 2**28
+"""Characters of a text: a small .gz can hold any number."""
 TEXT_FILES = (".txt", ".txt.gz")
 
 
@@ -72,6 +85,8 @@ class CausalLM(Task):
             tokenizer.pad_token_id, padding_free=config.packing
         )
         loaded = Loaded(model, tokenizer, [], collate)
+        if config.packing:
+            _demand_rows_apart(loaded, config.model)
         # rows that cannot be scored are refused now, not after the training
         if config.metric == "exact_match":
             prompts_of(tokenizer, data.held_out, longest - config.max_new_tokens)
@@ -89,11 +104,10 @@ class CausalLM(Task):
         if not config.packing:
             return examples
         from datasets import Dataset
-        from datasets.utils import disable_progress_bars
         from trl.data_utils import pack_dataset
 
-        disable_progress_bars()
-        packed = pack_dataset(Dataset.from_list(examples), loaded.processor.model_max_length)
+        with without_bars():
+            packed = pack_dataset(Dataset.from_list(examples), loaded.processor.model_max_length)
         return packed.to_list()
 
     def trainer(
@@ -191,6 +205,57 @@ def _examples(loaded: Loaded, rows: Rows, flag: str, warn: bool = False) -> list
     return examples
 
 
+# ---- packing ------------------------------------------------------------------------------------
+
+
+def _demand_rows_apart(loaded: Loaded, name: str) -> None:
+    """Refuse packing for a model in which packed rows see each other, or stand at other positions than alone.
+
+    Many models make their mask or positions themselves and know nothing of rows. So two short rows go through the
+    model packed, packed with another first row, and alone, as they do in training.
+
+    Raises:
+        SettingError: the second row's logits depend on the first row.
+    """
+    size = min(PROBE, loaded.processor.model_max_length // 2)
+    known = min(len(loaded.processor), loaded.model.get_input_embeddings().num_embeddings)
+    special = set(loaded.processor.all_special_ids)
+    words = [i for i in range(known) if i not in special] or [*range(known)]
+    random = torch.Generator().manual_seed(0)
+    first, other, second = (
+        [words[i] for i in torch.randint(len(words), (size,), generator=random).tolist()]
+        for _ in range(3)
+    )
+
+    def of_second(*rows: list[int]) -> torch.Tensor:
+        batch = loaded.collate([{"input_ids": row, "labels": row} for row in rows])
+        batch.pop("labels")
+        batch = {k: v.to(model.device) if hasattr(v, "to") else v for k, v in batch.items()}
+        return model(**batch).logits[0, -size:].double()
+
+    model, training = loaded.model, loaded.model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            packed, beside, alone = (
+                of_second(*rows) for rows in ((first, second), (other, second), (second,))
+            )
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        raise SettingError(
+            f"`--packing`: {name} does not take packed rows: {first_line(error)}. Leave --packing out."
+        ) from error
+    finally:
+        model.train(training)
+    # what another first row changes is 0 where rows are apart; alone the sums are rounded in another order
+    rounding = torch.finfo(model.dtype).eps * float(alone.abs().max())
+    leak, moved = (float((packed - logits).abs().max()) for logits in (beside, alone))
+    if not (leak <= max(rounding, 1e-6) and moved <= max(16 * rounding, 1e-5)):
+        raise SettingError(
+            f"`--packing`: in {name} a row sees the rows packed before it (its logits change by up to "
+            f"{max(leak, moved) / max(float(alone.abs().max()), 1e-30):.1%}). Leave --packing out."
+        )
+
+
 # ---- reading ------------------------------------------------------------------------------------
 
 
@@ -208,10 +273,15 @@ def _inputs(config: TrainConfig, flag: str) -> list[dict[str, Any]]:
 def _text(path: Path, flag: str) -> str:
     try:
         opened = gzip.open if path.name.endswith(".gz") else open
-        with opened(path, "rt", encoding="utf-8") as file:
-            text = file.read()
+        with opened(path, "rt", encoding="utf-8-sig") as file:
+            text = file.read(LONGEST_TEXT + 1)
     except (OSError, EOFError, ValueError) as error:
         raise DataError(f"`{flag}`: {path} cannot be read: {error}.") from error
+    if len(text) > LONGEST_TEXT:
+        raise DataError(
+            f"`{flag}`: {path} has more than {LONGEST_TEXT:,} characters, too many for one text. Cut it into rows "
+            "of a .jsonl file."
+        )
     if not text.strip():
         raise DataError(f"`{flag}` must have text; {path} is empty.")
     return text
