@@ -25,7 +25,7 @@ TABLE = """
     adapters.read                    : errors files pairs adapters.names
     adapters.truncate                : pairs
     adapters.verify                  : errors pairs adapters.base_model adapters.read
-    cli.__main__                     : errors cli.compare cli.demo cli.export cli.inspect cli.plot cli.train cli.verify
+    cli.__main__                     : errors cli.compare cli.demo cli.export cli.inspect cli.plot cli.train cli.verify settings
     cli.compare                      : comparing report training cli.plot
     cli.demo                         : adapters errors report settings tasks training cli.demo_texts
     cli.demo_texts                   : errors
@@ -76,7 +76,8 @@ TABLE = """
     report.shape                     :
     report.text                      : report.layout report.view
     report.view                      : report.clean
-    settings.strict_yaml             : errors
+    settings.other_tools             : errors
+    settings.strict_yaml             : errors settings.other_tools
     settings.train_config            : methods
     starts.gradient_pass             : errors kernels pairs processes
     starts.gradient_state            : adapters errors kernels pairs starts.gradient_pass

@@ -190,13 +190,17 @@ def test_train_is_reproducible_and_goes_on_where_it_was_stopped(
         (["train", "--task", "text-clasification"], "`--task`.*Did you mean `text-classification`?"),
         (["train", "--method", "geolara"], "`--method`.*Did you mean `geolora`?"),
         (["train", "--model", "{files}/nothing"], "`--model`: .*nothing cannot be loaded"),
-        (["train", "--rank", "33"], "r=33 for 32 x 32"),
+        (["train", "--rank", "33"], "geolora: rank must be at most min(d_out, d_in); got r=33 for 32 x 32"),
         (["train", "--rank", "0"], "`--rank` must be above 0; got 0"),
         (["train", "--start-rank", "5"], "`start_rank`.*got 5"),
         (["train", "--budget", "99"], "`budget` must hold one direction in every layer.*got 99"),
         (["train", "--method", "lora", "--budget", "9999"], "`--budget` belongs to geolora, lora-then-truncate"),
         (["train", "--tail", "1.5"], "`tail` must be in [0, 1); got 1.5"),
-        (["train", "--lr", "fast"], "--lr: invalid float value: 'fast'"),
+        (["train", "--lr", "fast"], "`--lr` must be a number; got 'fast'"),
+        (["train", "--lr", "x" * 9999], "`--lr` must be a number; got 'xxx"),
+        (["train", "--lr"], "`--lr` must have a value after it. See geolora train --help."),
+        (["train", "--lora-r=8"], "unknown argument `--lora-r`. Did you mean `--rank`?"),
+        (["train", "--load-in-4bit"], "unknown argument `--load-in-4bit`. There is no such flag yet. See"),
         (["train", "--bugdet", "9"], "unknown argument `--bugdet`. Did you mean `--budget`?"),
         (["train", "--output", "{files}"], "`--output`: .* exists. Choose another folder"),
         (["train", "--task", "text-regression", "--train", "{files}/nan.jsonl"], "finite numbers; row 1"),
@@ -220,7 +224,7 @@ def test_train_is_reproducible_and_goes_on_where_it_was_stopped(
         ([], "the following arguments are required: COMMAND"),
         (["inspect", "{files}", "--tail", "1"], "inspect: `tail` must be in [0, 1); got 1.0"),
         (["inspect", "{files}", "--tail", "nan"], "inspect: `tail` must be in [0, 1); got nan"),
-        (["inspect", "{files}", "--budget", "many"], "--budget: invalid int value: 'many'"),
+        (["inspect", "{files}", "--budget", "many"], "`--budget` must be a whole number; got 'many'"),
         (["inspect", "{files}", "--figures", "{files}/train.csv"], "`--figures` must be a folder; .*train.csv is a file"),
         (["inspect", "{files}"], "must be a PEFT adapter folder; .* has no adapter_config.json"),
         (["verify", "{files}"], "must be a PEFT adapter folder"),
@@ -240,6 +244,8 @@ def test_bad_input_is_one_clear_line(
     line = next(line for line in err.splitlines() if line.startswith("geolora: "))
     assert err.strip().endswith(line), "nothing after it"
     assert len(err.strip().splitlines()) == 1, err
+    assert not line.startswith("geolora: geolora:")
+    assert len(line) < 700
     pattern = ".*".join(re.escape(part) for part in message.split(".*"))
     assert re.search(pattern, line), line
     assert not (tmp_path / "out").exists(), "nothing half-written"

@@ -1,5 +1,6 @@
 """YAML read strictly: numbers as people write them, and one line for everything that is wrong."""
 
+import re
 import tempfile
 from pathlib import Path
 
@@ -38,18 +39,27 @@ def test_anchors_and_merging(tmp_path: Path) -> None:
     [
         ("a: 1\nb: 2\na: 3", "`a` is given twice (line 3)"),
         ("a: {b: 1, b: 2}", "`b` is given twice (line 1)"),
-        ("- a", "must be a mapping of settings.*got list"),
+        ("- a", "must be a mapping of settings.*got the list \\['a'\\]"),
         ("", "must be a mapping of settings.*got nothing"),
         ("a: [1", "is not YAML in line 1"),
         ("a: !!python/object/apply:os.getcwd []", "is not YAML in line 1: could not determine"),
         ("? [1, 2]\n: 3", "is not YAML in line 1: a key is no plain word"),
         ("a: 2024-02-30", "is not YAML"),
+        ("a: " + "[" * 100_000, "is not YAML"),
+        ('a: "\\ud83d film"', "has half of a character, .ud83d. Write"),
+        ("a: &x [*x]", "holds no plain settings"),
+        ("x" * 100 + ": 1\n" + "x" * 100 + ": 1", "….* is given twice"),
     ],
 )
 def test_what_is_no_settings_file(tmp_path: Path, text: str, message: str) -> None:
     pattern = message.replace("(", r"\(").replace(")", r"\)")
     with pytest.raises(SettingError, match=pattern):
         read_yaml(file_of(tmp_path, text))
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_bytes(b"\xef\xbb\xbfmodel: m\n")
+    assert read_yaml(tmp_path / "run.yaml") == {"model": "m"}
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
@@ -67,18 +77,25 @@ def test_settings_take_both_spellings() -> None:
     "given, message",
     [
         ({"bugdet": 1}, "here: unknown key `bugdet`. Did you mean `budget`?"),
-        ({"rank": "8"}, "here: `rank` must be int; got str '8'"),
-        ({"rank": True}, "here: `rank` must be int; got bool True"),
-        ({"rank": 8.0}, "here: `rank` must be int; got float 8.0"),
-        ({"lr": "fast"}, "here: `lr` must be float or nothing; got str 'fast'"),
-        ({"model": None}, "here: `model` must be str; got NoneType None"),
-        ({"overwrite": "yes"}, "here: `overwrite` must be bool; got str 'yes'"),
+        ({"rank": "8"}, "here: `rank` must be a whole number; got the word '8'."),
+        ({"rank": True}, "here: `rank` must be a whole number; got true."),
+        ({"rank": 8.0}, "here: `rank` must be a whole number; got 8.0."),
+        ({"rank": [8]}, "here: `rank` must be a whole number; got the list [8]."),
+        ({"lr": "fast"}, "here: `lr` must be a number or left out; got the word 'fast'."),
+        ({"max_steps": {"a": 1}}, "must be a whole number or left out; got the mapping {'a': 1}."),
+        ({"model": None}, "here: `model` must be a word; got nothing."),
+        ({"overwrite": "yes"}, "here: `overwrite` must be true or false; got the word 'yes'."),
+        ({"learning_rate": 1}, "here: unknown key `learning_rate`. Did you mean `lr`?"),
+        ({"lora_alpha": 1}, "here: unknown key `lora_alpha`. There is no such setting yet."),
+        ({"x" * 9999: 1}, "unknown key `xxxxx.*Known: model, train, eval, "),
         ({"max-steps": 1, "max_steps": 2}, "here: `max_steps` is given twice"),
     ],
 )
 def test_settings_of_another_kind(given: dict, message: str) -> None:
-    with pytest.raises(SettingError, match=message.replace("?", r"\?")):
+    pattern = ".*".join(re.escape(part) for part in message.split(".*"))
+    with pytest.raises(SettingError, match=pattern) as caught:
         settings_of(given, TrainConfig, "here")
+    assert len(str(caught.value)) < 400
 
 
 WORDS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), max_size=30)

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import NoReturn
 
 from geolora.cli import compare, demo, export, inspect, plot, train, verify
 from geolora.errors import GeoloraError, nearest
+from geolora.settings.other_tools import meant
 
 COMMANDS = {
     "demo": demo,
@@ -20,6 +22,10 @@ COMMANDS = {
     "export": export,
     "verify": verify,
 }
+WRONG_KIND = re.compile(r"argument (\S+): invalid (int|float) value: (.*)", re.DOTALL)
+WITHOUT_VALUE = re.compile(r"argument (\S+): expected one argument")
+"""What argparse says of a flag's value."""
+KINDS = {"int": "a whole number", "float": "a number"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -27,6 +33,12 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong on one line, exit code 2."""
+        if found := WRONG_KIND.fullmatch(message):
+            flag, kind, value = found.groups()
+            value = value if len(value) <= 80 else f"{value[:60]}…{value[-15:]}"
+            message = f"`{flag}` must be {KINDS[kind]}; got {value}"
+        elif found := WITHOUT_VALUE.fullmatch(message):
+            message = f"`{found[1]}` must have a value after it"
         message = message if message.endswith("?") else f"{message.rstrip('.')}."
         self.exit(2, f"geolora: {message} See {self.prog} --help.\n")
 
@@ -79,24 +91,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed, unknown = parser.parse_known_args(arguments)
     if unknown:
         known = [flag for action in parsed.parser._actions for flag in action.option_strings]
-        parsed.parser.error(f"unknown argument `{unknown[0]}`.{nearest(unknown[0], known)}")
+        word = unknown[0].partition("=")[0]
+        parsed.parser.error(f"unknown argument `{word}`.{meant(word, known, 'flag')}")
     try:
         parsed.run(parsed)
     except GeoloraError as error:
-        print(f"geolora: {error}", file=sys.stderr)
+        _say(error)
         return 2
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt as stop:
         if os.environ.get("RANK", "0") == "0":  # of several processes one says it
-            print(f"geolora: {str(stop) or 'stopped.'}", file=sys.stderr)
+            _say(str(stop) or "stopped.")
         return 130
     return 0
 
 
 def _one_line_warning(message: object, category: type, *_: object, **__: object) -> None:
     if category.__module__.startswith("geolora"):
-        print(f"geolora: {message}", file=sys.stderr)
+        _say(message)
+
+
+def _say(message: object) -> None:
+    """A line on stderr; messages that name geolora themselves, for users of the library, name it once."""
+    print(f"geolora: {str(message).removeprefix('geolora: ')}", file=sys.stderr)
 
 
 if __name__ == "__main__":

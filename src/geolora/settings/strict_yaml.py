@@ -9,10 +9,19 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from geolora.errors import SettingError, nearest
+from geolora.errors import SettingError, first_line, listed, shown
+from geolora.settings.other_tools import meant
 
 FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 """1e-3, which YAML 1.1 would read as a word."""
+KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a word",
+    type(None): "left out",
+}
+"""What a setting must be, in words."""
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -35,7 +44,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
                 if key.value in seen:
                     line = key.start_mark.line + 1
                     raise SettingError(
-                        f"{path}: `{key.value}` is given twice (line {line}). Remove one."
+                        f"{path}: `{shown(key.value)[1:-1]}` is given twice (line {line}). Remove one."
                     )
                 seen.add(key.value)
             return node
@@ -54,6 +63,19 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         at = f" in line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "cannot be parsed"
         raise SettingError(f"{path} is not YAML{at}: {problem}.") from error
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])[1:-1]
+        raise SettingError(
+            f"{path} has half of a character, {half}. Write the whole one."
+        ) from error
+    except (
+        ValueError,
+        RecursionError,
+        TypeError,
+    ) as error:  # an anchor inside of itself, a date as a key
+        raise SettingError(f"{path} holds no plain settings: {first_line(error)}.") from error
     return mapping(value, str(path))
 
 
@@ -81,8 +103,9 @@ def mapping(value: Any, where: str) -> dict[str, Any]:
         SettingError: it is anything else.
     """
     if not isinstance(value, dict):
-        shown = "nothing" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
-        raise SettingError(f"{where} must be a mapping of settings (`key: value`); got {shown}.")
+        raise SettingError(
+            f"{where} must be a mapping of settings (`key: value`); got {called(value)}."
+        )
     return {str(key): inner for key, inner in value.items()}
 
 
@@ -92,7 +115,8 @@ def refuse_unknown_keys(given: Mapping[str, Any], known: Iterable[str], where: s
     for key in given:
         if key not in known:
             raise SettingError(
-                f"{where}: unknown key `{key}`.{nearest(key, known) or f' Known: {known}.'}"
+                f"{where}: unknown key `{shown(key)[1:-1]}`."
+                f"{meant(key, known, 'setting') or f' Known: {listed(known)}.'}"
             )
 
 
@@ -127,5 +151,13 @@ def of_type(value: Any, hint: Any, where: str) -> Any:
             return float(value)
         if type(value) is kind:
             return value
-    wanted = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in kinds)
-    raise SettingError(f"{where} must be {wanted}; got {type(value).__name__} {value!r}.")
+    wanted = " or ".join(KINDS[kind] for kind in kinds)
+    raise SettingError(f"{where} must be {wanted}; got {called(value)}.")
+
+
+def called(value: Any) -> str:
+    """A value of a settings file and its kind, for a message."""
+    if value is None or isinstance(value, bool | int | float):
+        return "nothing" if value is None else shown(value).lower()
+    kind = {str: "the word", list: "the list", dict: "the mapping"}.get(type(value), "the value")
+    return f"{kind} {shown(value)}"
