@@ -93,7 +93,7 @@ TABLE = """
     tasks.metrics                    :
     tasks.rows                       : errors tasks.csv_rows
     tasks.task                       : adapters errors processes settings tasks.rows
-    tasks.text_classification        : settings tasks.rows tasks.task tasks.tokenizers
+    tasks.text_classification        : errors settings tasks.rows tasks.task tasks.tokenizers
     tasks.token_classification       : errors settings tasks.rows tasks.task tasks.tokenizers
     tasks.tokenizers                 : errors settings
     trainer                          : errors methods optim

@@ -13,7 +13,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from geolora.errors import DataError
 from geolora.settings.train_config import TrainConfig
-from geolora.tasks.image_classification import opened
+from geolora.tasks.image_classification import _picture, opened
 from geolora.training import run as training
 from models import tiny_vit
 from rows import pictures
@@ -128,3 +128,28 @@ def test_what_is_no_picture_is_refused(config: TrainConfig, tmp_path: Path) -> N
     (tmp_path / "folder" / "up" / "0.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match="is not a picture that can be read"):
         opened((str(tmp_path / "folder" / "up" / "0.png"), 10))
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_a_picture_is_seen_as_people_see_it(config: TrainConfig, tmp_path: Path, turn: int) -> None:
+    """However the camera lay: from a folder, a path in a row, and as hub sets hold it."""
+    image = np.zeros((8, 16, 3), np.uint8)
+    image[:4, :8] = 255  # white where up and left is, when it is seen rightly
+    seen = Image.fromarray(image)
+    laid = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Transpose that undoes the orientation
+    saved = seen.transpose(Image.Transpose(laid[turn])) if turn > 1 else seen
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    (tmp_path / "folder" / "up").mkdir(parents=True)
+    file = tmp_path / "folder" / "up" / "0.png"
+    saved.save(file, exif=exif)
+    assert np.array_equal(opened((str(file), 1)), image)
+    held = _picture(1, {"bytes": file.read_bytes()}, tmp_path, "rows")
+    assert np.array_equal(held, image)
+
+
+def test_damaged_exif_data_turn_nothing(tmp_path: Path) -> None:
+    image = Image.fromarray(pictures(1, 0)[0][0])
+    for number, exif in enumerate((b"Exif\0\0II*\0", b"Exif\0\0" + b"\xff" * 40, b"x")):
+        image.save(tmp_path / f"{number}.png", exif=exif)
+        assert opened((str(tmp_path / f"{number}.png"), 1)).size == (16, 16)

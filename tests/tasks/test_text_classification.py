@@ -1,5 +1,6 @@
 """Texts with classes and numbers: what a file says is what is learnt."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from geolora.errors import DataError
 from geolora.settings.train_config import TrainConfig
 from geolora.tasks.text_classification import labelled_texts
 from geolora.training import run as training
+from models import tiny_llama
 
 
 def config_of(folder: Path, train: list, held_out: list, **settings: str) -> TrainConfig:
@@ -41,3 +43,16 @@ def test_classes_are_numbered_alike_in_both_files(tmp_path: Path) -> None:
 def test_numbers_that_cannot_be_learnt_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"up to 1e\+16.*row 2 of dev.jsonl has 1e\+300"):
         training.load(config_of(tmp_path, [1.0], [1, 1e300], task="text-regression"))
+
+
+def test_a_text_without_a_token_is_refused(tmp_path: Path) -> None:
+    tiny_llama(tmp_path / "model")
+    config = dataclasses.replace(
+        config_of(tmp_path, ["joy", "fear"], ["joy"]), model=str(tmp_path / "model")
+    )
+    data = training.load(config)
+    data.train.inputs[1] = ("  ",)
+    task = training.TASKS[config.task]
+    loaded = task.load(config, data)
+    with pytest.raises(DataError, match="`--text`: '  ' has no token that the model knows"):
+        task.encode(loaded, data.train, config)

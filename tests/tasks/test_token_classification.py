@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,8 +11,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
-from geolora.errors import DataError, SettingError
+from geolora.errors import DataError, DataWarning, SettingError
 from geolora.settings.train_config import TrainConfig
+from geolora.tasks.task import Predictions
 from geolora.tasks.token_classification import (
     IGNORED,
     TokenClassification,
@@ -147,3 +149,70 @@ def test_what_is_no_row_of_words_and_tags_is_refused(config: TrainConfig, tmp_pa
         [{"words": ["a", "b"], "tags": ["DT", "NN"]}], SettingError, "needs tags O, B-… and I-…",
         eval=str(tmp_path / "bad.jsonl"),
     )  # fmt: skip
+
+
+# ---- words that the model does not see ----------------------------------------------------------
+
+
+def unread(config: TrainConfig, metric: str, **rows: list[dict]) -> Predictions:
+    """What is scored of a model that guesses the right tag of every word that it sees."""
+    for name, some in rows.items():
+        Path(getattr(config, name)).write_text("\n".join(json.dumps(row) for row in some))
+    config = dataclasses.replace(config, max_length=6, metric=metric)
+    data = training.load(config)
+    task = TokenClassification()
+    loaded = task.load(config, data)
+
+    def right(examples: list[dict]) -> SimpleNamespace:
+        logits = torch.zeros(len(examples), 6, len(data.names))
+        for row, example in zip(logits, examples, strict=True):
+            for place, label in enumerate(example["labels"]):
+                row[place, max(label, 0)] = 1
+        return SimpleNamespace(predictions=logits.numpy())
+
+    return task.predict(SimpleNamespace(predict=right), loaded, data.held_out, config)
+
+
+ROWS = [
+    {"words": ["the", "film", "is", "a", "plot", "good"], "tags": ["O", "B-ART", "O", "O", "B-ART", "I-ART"]},
+    {"words": ["a", "is", "the", "film", "good"], "tags": ["O", "O", "O", "B-ART", "I-ART"]},
+    {"words": ["\u200b", "film", " ", "good"], "tags": ["O", "B-ART", "O", "B-ART"]},
+]  # fmt: skip
+"""Of six tokens four are words: the first row's second entity is not seen, and half of the second row's."""
+
+
+def test_a_word_that_is_not_seen_is_missed_and_told(config: TrainConfig) -> None:
+    with pytest.warns(DataWarning) as told:
+        found = unread(config, "entity_f1", train=ROWS[:1], eval=ROWS)
+    assert found.predictions == [[1, 1], [0, 1], [2, 2]]
+    assert found.targets == [2, 1, 2]
+    said = [str(warning.message) for warning in told]
+    assert said[0].startswith(
+        "`--train`: 2 of 6 words, in 1 rows, lie beyond 6 tokens or have none"
+    )
+    assert said[1].startswith("`--eval`: 4 of 15 words, in 3 rows,")
+    with pytest.warns(DataWarning):
+        found = unread(config, "token_accuracy", train=ROWS[:1], eval=ROWS)
+    assert (found.predictions, found.targets) == ([4, 4, 3], [6, 5, 4])
+
+
+@pytest.mark.filterwarnings("ignore::geolora.errors.DataWarning")
+def test_a_batch_without_a_word_is_no_divergence(config: TrainConfig) -> None:
+    rows = [{"words": [" "], "tags": ["O"]}] * 8 + ROWS[:1]
+    for file in (config.train, config.eval):
+        Path(file).write_text("\n".join(json.dumps(row) for row in rows))
+    config = dataclasses.replace(config, batch_size=1, max_steps=9)
+    report = training.train(config, training.load(config)).report
+    assert math.isfinite(report["train_loss"])
+    logits, none = torch.randn(2, 3, 4, requires_grad=True), torch.full((2, 3), IGNORED)
+    for count in (None, 0, torch.tensor(0)):
+        loss = mean_over_words(SimpleNamespace(logits=logits), none, count)
+        assert float(loss.detach()) == 0
+        loss.backward()
+        assert not logits.grad.any()
+
+
+def test_words_of_which_none_is_known_are_refused(config: TrainConfig) -> None:
+    Path(config.eval).write_text(json.dumps({"words": [" ", "\t"], "tags": ["O", "O"]}))
+    with pytest.raises(DataError, match="`--eval`: no word has a token that the model knows"):
+        TokenClassification().load(config, training.load(config))

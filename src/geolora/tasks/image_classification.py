@@ -114,9 +114,26 @@ def opened(image: Any) -> Any:
         return Image.fromarray(image).convert("RGB")
     try:
         with Image.open(image[0]) as file:
-            return file.convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            return upright(file)
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        UnidentifiedImageError,
+        Image.DecompressionBombError,
+    ) as error:
         raise DataError(f"{image[0]} is not a picture that can be read: {error}.") from error
+
+
+def upright(picture: Any) -> Any:
+    """A PIL image in RGB, turned as its EXIF data say: cameras save a picture as the sensor lies, and people see it so."""
+    from PIL import ImageOps
+
+    pixels = picture.convert("RGB")  # first: what is wrong with the pixels is no matter of EXIF
+    try:
+        return ImageOps.exif_transpose(picture).convert("RGB")
+    except Exception:  # noqa: BLE001 (damaged EXIF data raise whatever their bytes lead to; no viewer turns by them)
+        return pixels
 
 
 def _pictures(config: TrainConfig, flag: str) -> Rows:
@@ -223,8 +240,15 @@ def _picture(number: int, image: Any, folder: Path, name: str) -> Any:
         if isinstance(image, dict) and image.get("bytes"):
             image = Image.open(io.BytesIO(image["bytes"]))
         if isinstance(image, Image.Image):
-            return np.asarray(image.convert("RGB"))
-    except (OSError, TypeError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            return np.asarray(upright(image))
+    except (
+        OSError,
+        TypeError,
+        SyntaxError,
+        ValueError,
+        UnidentifiedImageError,
+        Image.DecompressionBombError,
+    ) as error:
         raise DataError(f"`--image`: row {number} of {name} holds no picture: {error}.") from error
     raise DataError(
         f"`--image`: row {number} of {name} must hold a path or a picture; got {type(image).__name__}."

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from geolora.errors import DataError, shown
 from geolora.settings.train_config import TrainConfig
 from geolora.tasks.rows import classes, numbers, texts
 from geolora.tasks.rows import column as column_of
@@ -89,6 +90,12 @@ class TextClassification(Task):
         sides = [list(side) for side in zip(*rows.inputs, strict=True)]
         batch = loaded.processor(*sides, truncation=True)
         keys = list(batch.keys())
+        if [] in batch["input_ids"]:
+            number = batch["input_ids"].index([]) + 1
+            text = shown(rows.inputs[number - 1][0])
+            raise DataError(
+                f"`--text`: {text} has no token that the model knows. Take the row out."
+            )
         return [
             {**{key: batch[key][i] for key in keys}, "labels": label}
             for i, label in enumerate(rows.labels)

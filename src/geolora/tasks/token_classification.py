@@ -1,11 +1,12 @@
 """Token classification: a list of words per row and a tag for each (names, parts of speech)."""
 
+import warnings
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
-from geolora.errors import DataError, SettingError, listed, shown
+from geolora.errors import DataError, DataWarning, SettingError, listed, shown
 from geolora.settings.train_config import TrainConfig
 from geolora.tasks.rows import class_label, class_names
 from geolora.tasks.rows import column as column_of
@@ -33,7 +34,10 @@ def mean_over_words(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any 
     total = torch.nn.functional.cross_entropy(
         flat, labels.flatten(), ignore_index=IGNORED, reduction="sum"
     )
-    return total / ((labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
+    words = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+    return total / torch.as_tensor(words, device=total.device).clamp(
+        min=1
+    )  # a batch may have no word
 
 
 class TokenClassification(Task):
@@ -85,6 +89,8 @@ class TokenClassification(Task):
         tokenizer.padding_side = "right"  # a word's logits are found from the left
         pad(tokenizer, model, config)
         tokenizer.model_max_length = max_length(tokenizer, model, config, MAX_LENGTH)
+        for flag, rows in (("--train", data.train), ("--eval", data.held_out)):
+            _tell_unread(tokenizer, rows, flag)
         collate = DataCollatorForTokenClassification(tokenizer, label_pad_token_id=IGNORED)
         return Loaded(model, tokenizer, names_of_heads(model, info), collate)
 
@@ -95,41 +101,87 @@ class TokenClassification(Task):
         config: TrainConfig,  # noqa: ARG002
     ) -> list[dict[str, Any]]:
         """One example per row; a word's tag stands at its first token, its other tokens are ignored."""
-        batch = loaded.processor(rows.inputs, is_split_into_words=True, truncation=True)
+        batch, firsts = _first_tokens(loaded.processor, rows)
         examples = []
-        for i, tags in enumerate(rows.labels):
-            words, labels = batch.word_ids(i), []
-            for position, word in enumerate(words):
-                begins = word is not None and (position == 0 or words[position - 1] != word)
-                labels.append(tags[word] if begins else IGNORED)
+        for i, (tags, first) in enumerate(zip(rows.labels, firsts, strict=True)):
+            labels = [IGNORED] * len(batch["input_ids"][i])
+            for word, position in first.items():
+                labels[position] = tags[word]
             examples.append({**{key: batch[key][i] for key in batch}, "labels": labels})
         return examples
+
+    def predict(self, trainer: Any, loaded: Loaded, rows: Rows, config: TrainConfig) -> Predictions:
+        """Words that are right, and words; or entities that are right and predicted, and those there are.
+
+        All words of a row count: one beyond the longest row, or without a token, is never right, and its entity is
+        missed.
+        """
+        names = loaded.model.config.id2label
+        guessed = super().predict(trainer, loaded, rows, config).predictions
+        _, firsts = _first_tokens(loaded.processor, rows)
+        predictions, targets = [], []
+        for tags, first, some in zip(rows.labels, firsts, guessed, strict=True):
+            guess: list[int | None] = [None] * len(tags)
+            for word, tag in zip(sorted(first), some, strict=True):
+                guess[word] = tag
+            if config.metric == "token_accuracy":
+                predictions.append(sum(a == b for a, b in zip(guess, tags, strict=True)))
+                targets.append(len(tags))
+                continue
+            ours = entities(["O" if tag is None else names[tag] for tag in guess])
+            theirs = entities([names[tag] for tag in tags])
+            predictions.append([len(ours & theirs), len(ours)])
+            targets.append(len(theirs))
+        return Predictions(predictions, targets)
 
     def scored(
         self,
         logits: list[torch.Tensor],
         examples: list[dict[str, Any]],
-        loaded: Loaded,
-        config: TrainConfig,
+        loaded: Loaded,  # noqa: ARG002
+        config: TrainConfig,  # noqa: ARG002
     ) -> Predictions:
-        """Words that are right, and words; or entities that are right and predicted, and those there are.
-
-        Words beyond the longest row are not scored.
-        """
-        predictions, targets = [], []
-        names = loaded.model.config.id2label
+        """The tags of the words that have a token, guessed and right."""
+        guessed, right = [], []
         for row, example in zip(logits, examples, strict=True):
             labels = torch.tensor(example["labels"])
             kept = labels != IGNORED
-            guess, right = row[: len(labels)].argmax(-1)[kept], labels[kept]
-            if config.metric == "token_accuracy":
-                predictions.append(int((guess == right).sum()))
-                targets.append(len(right))
-                continue
-            ours, theirs = (entities([names[int(i)] for i in tags]) for tags in (guess, right))
-            predictions.append([len(ours & theirs), len(ours)])
-            targets.append(len(theirs))
-        return Predictions(predictions, targets)
+            guessed.append(row[: len(labels)].argmax(-1)[kept].tolist())
+            right.append(labels[kept].tolist())
+        return Predictions(guessed, right)
+
+
+def _first_tokens(tokenizer: Any, rows: Rows) -> tuple[Any, list[dict[int, int]]]:
+    """The rows' tokens, and for every row {word: place of its first token} of the words that have one."""
+    batch = tokenizer(rows.inputs, is_split_into_words=True, truncation=True)
+    firsts = []
+    for i in range(len(rows)):
+        first: dict[int, int] = {}
+        for position, word in enumerate(batch.word_ids(i)):
+            if word is not None:
+                first.setdefault(word, position)
+        firsts.append(first)
+    return batch, firsts
+
+
+def _tell_unread(tokenizer: Any, rows: Rows, flag: str) -> None:
+    """Warn of words that the model does not see; refuse rows of which it sees none.
+
+    Raises:
+        DataError: no word of any row has a token.
+    """
+    _, firsts = _first_tokens(tokenizer, rows)
+    if not any(firsts):
+        raise DataError(f"`{flag}`: no word has a token that the model knows. Look at the words.")
+    unread = [len(words) - len(first) for words, first in zip(rows.inputs, firsts, strict=True)]
+    if lost := sum(unread):
+        warnings.warn(
+            f"`{flag}`: {lost:,} of {sum(map(len, rows.inputs)):,} words, in {sum(map(bool, unread)):,} rows, "
+            f"lie beyond {tokenizer.model_max_length} tokens or have none: they are not learnt, and count as wrong "
+            "where they are scored. Raise `--max-length`, or cut the rows.",
+            DataWarning,
+            stacklevel=2,
+        )
 
 
 def entities(tags: list[str]) -> set[tuple[int, int, str]]:
