@@ -3,10 +3,13 @@
 Each file begins as a good one, of which bytes are changed, cut out or put in, or whose values are replaced.
 """
 
+import csv
+import io
 import json
 import pickle
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -19,9 +22,12 @@ from hypothesis import strategies as st
 
 import geolora
 from geolora.comparing.plan import read_plan
-from geolora.errors import GeoloraError
+from geolora.errors import DataWarning, GeoloraError
+from geolora.settings.other_tools import OURS, meant
 from geolora.settings.strict_yaml import as_yaml, read_yaml, settings_of
 from geolora.settings.train_config import TrainConfig
+from geolora.tasks.chat_tokens import checked_chat
+from geolora.tasks.rows import class_names, classes, numbers, read_rows
 from geolora.training import run as training
 from geolora.training.check import check
 from geolora.training.checkpoints import flaw, latest, seal
@@ -160,6 +166,88 @@ def test_values_of_rows(tmp_path: Path, task: str, changed: dict[str, Any]) -> N
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(ROWS[task]) + "\n" + json.dumps({**ROWS[task], **changed}))
     one_line(lambda: load_rows(path, task))
+
+
+MESSAGES = st.lists(
+    st.dictionaries(
+        st.sampled_from(["role", "content", "tool_calls", "weight", "name", "reasoning_content"]),
+        st.sampled_from(["user", "assistant", "tool", "system", "", " ", "a film"]) | VALUES,
+    )
+    | VALUES,
+    max_size=3,
+)
+
+
+@settings(max_examples=400, **LIMITS)
+@given(MESSAGES, VALUES)
+def test_chats(messages: list, tools: Any) -> None:
+    """What is taken is whole: as many messages, no key lost that says something, and an answer among them."""
+
+    def take() -> None:
+        chat = checked_chat({"messages": messages, "tools": tools}, "row 1")
+        assert chat.get("tools") == (tools or None)
+        for one, kept in zip(messages, chat["messages"], strict=True):
+            said = {key: value for key, value in one.items() if value not in (None, [], {})}
+            assert {**kept, **said} == kept
+            assert kept["role"] != "assistant" or len(kept) > 2 or kept["content"].strip()
+        json.dumps(chat)
+
+    one_line(take)
+
+
+LABELS = (
+    st.sampled_from(["a", "b", "0", "1", "0.0", "1.0", "nan", "inf", "", "1e400", "-0"]) | VALUES
+)
+
+
+@settings(max_examples=400, **LIMITS)
+@given(st.lists(LABELS, min_size=1, max_size=5), st.lists(LABELS, max_size=3))
+def test_labels(train: list, held_out: list) -> None:
+    """What is taken as classes is a name per row, and no two kinds of things are one class."""
+
+    def take() -> None:
+        sides = [classes(side, "label", "rows") for side in (train, held_out)]
+        names = class_names(*sides, "label")
+        assert {*sides[1]} <= {*names} == {*sides[0]}
+        assert all(isinstance(value, str | int | float) for value in (*train, *held_out))
+
+    one_line(take)
+    one_line(lambda: numbers([*train, *held_out], "score", "rows"))
+
+
+@settings(max_examples=400, **LIMITS)
+@given(st.lists(st.tuples(st.text(max_size=6), st.text(max_size=3)), min_size=1), EDITS)
+def test_csv_rows(tmp_path: Path, rows: list, edits: list) -> None:
+    """Whole, it gives what was written; damaged, rows as wide as the header, or a line."""
+    kept = [
+        (text, label)
+        for text, label in rows
+        if not {"\0", "\r"} & {*text, *label} and text != "text"
+    ]
+    lines = io.StringIO(newline="")
+    csv.writer(lines).writerows([("text", "label"), *kept])
+    path = tmp_path / "rows.csv"
+    try:
+        whole = lines.getvalue().encode()
+    except UnicodeEncodeError:
+        return
+
+    def take() -> list:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DataWarning)
+            return read_rows(path, "--train")
+
+    path.write_bytes(whole)
+    if kept:
+        assert [tuple(row.values()) for row in take()] == kept
+    path.write_bytes(damaged(whole, edits))
+    one_line(take)
+
+
+@settings(max_examples=200, **LIMITS)
+@given(st.text(max_size=12) | st.sampled_from([*OURS]))
+def test_unknown_flags(word: str) -> None:
+    assert len(meant(f"--{word}", ["--model", "--lr", "--rank"], "flag").splitlines()) <= 1
 
 
 @settings(max_examples=150, **LIMITS)
