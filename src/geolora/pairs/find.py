@@ -219,7 +219,7 @@ def _of_head(name: str) -> str:
     """What else helps where a layer is the head of a classifier."""
     if not {"classifier", "score", "qa_outputs", "classification_head"} & set(name.split(".")):
         return ""
-    return ": with task_type in LoraConfig (\"SEQ_CLS\", say) peft trains and saves the head itself"
+    return ': with task_type in LoraConfig ("SEQ_CLS", say) peft trains and saves the head itself'
 
 
 def factor_modules(model: nn.Module, adapter: str) -> dict[str, tuple[nn.Module, nn.Module]]:
