@@ -50,7 +50,7 @@ TABLE = """
     methods.*                        : kernels
     optim.*                          : errors methods pairs optim.adamw optim.base optim.buckets optim.saved_state
     optim.adamw                      :
-    optim.base                       : errors pairs optim.adamw optim.buckets optim.nonfinite optim.saved_state
+    optim.base                       : errors methods pairs optim.adamw optim.buckets optim.nonfinite optim.saved_state
     optim.buckets                    : pairs
     optim.geolora                    : errors kernels pairs optim.base optim.buckets optim.geolora_step.across_layers optim.geolora_step.bucket_step optim.geolora_step.masters optim.geolora_step.rank_cycle optim.geolora_step.slot_widths optim.nonfinite optim.saved_state
     optim.geolora_step.across_layers : kernels methods optim.geolora_step.bucket_step optim.geolora_step.rank_cycle

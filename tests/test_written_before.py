@@ -3,7 +3,6 @@
 The files were made by that version's code, before it was moved: a BERT of width 12 on made-up reviews.
 """
 
-import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -100,7 +99,5 @@ def test_an_optimizer_goes_on_from_its_state(name: str) -> None:
     model.load_state_dict(saved["model"])
     optimizer = MAKE[name](model)
     optimizer.load_state_dict(saved["optimizer"])
-    again = copy.deepcopy(optimizer.state_dict())
-    assert {group.get("method") for group in again["param_groups"]} - {None}, "it is named now"
     losses = train(model, optimizer, 6, dtype=torch.float32)
     assert losses == pytest.approx(saved["losses"], rel=1e-5)

@@ -70,7 +70,11 @@ _HOME = {
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        return importlib.import_module("importlib.metadata").version("geolora")
+        metadata = importlib.import_module("importlib.metadata")
+        try:
+            return metadata.version("geolora")
+        except metadata.PackageNotFoundError:  # run from its folder, not installed
+            return "unknown"
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
     raise AttributeError(f"module 'geolora' has no attribute {name!r}")

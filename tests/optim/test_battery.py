@@ -1,5 +1,6 @@
 """Every optimizer of the table of methods, in one battery: a new row is enrolled by being there."""
 
+import collections
 import copy
 import io
 import pickle
@@ -173,11 +174,6 @@ def test_the_state_of_another_method_is_refused_and_changes_nothing(ours: str, t
     for fresh in (optimizer, made(CASES[ours], lora_net(r=3))):
         with pytest.raises(StateError, match=f"must be of `{CASES[ours].name}`; got that of"):
             fresh.load_state_dict(foreign.state_dict())
-    unnamed = copy.deepcopy(foreign.state_dict())  # as version 0.1.0 wrote it
-    for group in unnamed["param_groups"]:
-        group.pop("method", None)
-    with pytest.raises(StateError, match=f"must be of `{CASES[ours].name}`; got that of another"):
-        optimizer.load_state_dict(unnamed)
     after = optimizer.state_dict()
     assert after["param_groups"] == before["param_groups"]
     for key, values in before["state"].items():
@@ -362,6 +358,45 @@ def test_settings_of_another_type_are_one_line(make: Make, value: Any) -> None:
             continue  # a default
         with pytest.raises(SettingError, match=f"`{name}` must be a number >= 0; got"):
             make(lora_net(r=3), **{name: value})
+
+
+def test_a_state_goes_between_optimizers_with_and_without_a_scheduler(make: Make) -> None:
+    for first, second in ((True, False), (False, True)):
+        model = lora_net(r=3)
+        optimizer = make(model)
+        if first:
+            torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=9)
+        train(model, optimizer, 2)
+        twin = copy.deepcopy(model)
+        other = make(twin)
+        if second:
+            torch.optim.lr_scheduler.StepLR(other, 3)
+        other.load_state_dict(through_bytes(optimizer.state_dict()))
+        train(model, optimizer, 2)
+        train(twin, other, 2)
+        assert same(snapshot(model), snapshot(twin))
+        assert set(make(twin)._expected().keys) <= set(other.param_groups[0])
+
+
+def test_groups_and_state_that_were_replaced_are_followed(make: Make) -> None:
+    model = lora_net(r=3)
+    optimizer = make(model)
+    train(model, optimizer, 2)
+    optimizer.state = collections.defaultdict(
+        dict, {p: dict(values) for p, values in optimizer.state.items()}
+    )
+    optimizer.param_groups = [{**group, "lr": 0.0} for group in optimizer.param_groups]
+    before = snapshot(model)
+    train(model, optimizer, 1)
+    assert same(before, snapshot(model)), "the new groups' lr"
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-3
+    twin = copy.deepcopy(model)
+    other = make(twin)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(model, optimizer, 2)
+    train(twin, other, 2)
+    assert same(snapshot(model), snapshot(twin)), "the new state is what is saved"
 
 
 def test_a_state_with_nan_is_refused(make: Make) -> None:

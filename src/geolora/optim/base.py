@@ -4,6 +4,7 @@ It owns what they share: buckets as param groups, closures refused, steps skippe
 finite, states of another model or method refused, factors that FSDP2 has sharded gathered and written back.
 """
 
+import inspect
 import math
 import warnings
 from abc import ABC, abstractmethod
@@ -21,6 +22,7 @@ from geolora.errors import (
     UnpairedParametersWarning,
     at_most_three,
 )
+from geolora.methods import METHODS, OPTIMIZERS, resolve
 from geolora.optim.adamw import SETTINGS, adamw_step, rest_groups
 from geolora.optim.buckets import (
     bucket_group,
@@ -31,7 +33,12 @@ from geolora.optim.buckets import (
     stacked_gradients,
 )
 from geolora.optim.nonfinite import to_be_skipped, total
-from geolora.optim.saved_state import Shapes, load_keeping_dtypes, refuse_other_state
+from geolora.optim.saved_state import (
+    Expected,
+    Shapes,
+    load_keeping_dtypes,
+    refuse_other_state,
+)
 from geolora.pairs.find import (
     KEEPS_BASE,
     Pair,
@@ -51,6 +58,10 @@ class LowRankOptimizer(torch.optim.Optimizer, ABC):
     """What its param groups of pairs are called."""
     holder: ClassVar[int] = 0
     """Which parameter of a bucket has the bucket's tensors as its state."""
+    keeps: ClassVar[tuple[str, ...]] = ()
+    """What `_own` puts into a param group."""
+    same_names: ClassVar[bool] = False
+    """Whether a state is of layers of the same names, because numbers depend on them."""
 
     def __init__(
         self,
@@ -69,7 +80,6 @@ class LowRankOptimizer(torch.optim.Optimizer, ABC):
         groups = [
             {
                 "kind": self.kind,
-                "method": self.method,
                 **bucket_group(bucket),
                 **self._own(bucket, pairs, settings),
                 **settings,
@@ -154,17 +164,18 @@ class LowRankOptimizer(torch.optim.Optimizer, ABC):
             StateError: the state is of another method, of other layers or shapes, or not whole; nothing is
                 changed.
         """
-        who, hooks = type(self).__name__, self._optimizer_load_state_dict_pre_hooks
+        hooks = self._optimizer_load_state_dict_pre_hooks
         for hook in hooks.values():  # torch's come before its own checks, so here too
             state_dict = hook(self, state_dict) or state_dict
-        refuse_other_state(who, self.param_groups, state_dict, self._shapes, self.holder)
+        refuse_other_state(self.param_groups, state_dict, self._expected())
+        names = [group["layers"] for group in self._paired()]
         self._optimizer_load_state_dict_pre_hooks = type(hooks)()
         try:
             load_keeping_dtypes(self, super().load_state_dict, state_dict)
         finally:
             self._optimizer_load_state_dict_pre_hooks = hooks
-        for group in self._paired():
-            group["method"] = self.method
+        for group, name in zip(self._paired(), names, strict=True):
+            group["layers"] = name
         self._forget()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -176,6 +187,22 @@ class LowRankOptimizer(torch.optim.Optimizer, ABC):
         if "kind" not in param_group:
             param_group = {**SETTINGS, "lr": self.defaults["rest_lr"], **param_group}
         super().add_param_group(param_group)
+        if param_group["kind"] == "rest":
+            param_group.pop("momentum", None)  # a default of the pairs
+
+    def _expected(self) -> Expected:
+        settings = settings_of(type(self))
+        common = {"kind", "params", "layers", "scales", "skipped"}
+        return Expected(
+            type(self).__name__,
+            self.method,
+            common | settings | set(self.keeps),
+            settings,
+            {name for row in OPTIMIZERS for name in settings_of(resolve(METHODS[row].optimizer))},
+            self.same_names,
+            self._shapes,
+            self.holder,
+        )
 
     def _demand(self, name: str, value: object, met: bool, condition: str) -> None:
         """Raise `SettingError` where a setting does not meet its condition."""
@@ -230,6 +257,12 @@ class LowRankOptimizer(torch.optim.Optimizer, ABC):
             )
 
 
+def settings_of(optimizer: Any) -> set[str]:
+    """Names of the settings of an optimizer's pairs: its arguments."""
+    names = set(inspect.signature(optimizer).parameters)
+    return names - {"model", "rest_lr", "adapter_name"}
+
+
 def _is_number(value: Any) -> bool:
     if isinstance(value, Tensor):
         return value.numel() == 1 and bool(value.isfinite().all())
@@ -253,6 +286,8 @@ class BucketGradients(NamedTuple):
 
 class BucketwiseOptimizer(LowRankOptimizer):
     """A method that moves the factors of one bucket after the other: what it does is `_advance`."""
+
+    keeps = ("experts", "counts")
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]

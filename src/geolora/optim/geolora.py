@@ -95,6 +95,8 @@ class GeoLoRA(LowRankOptimizer):
 
     method = "geolora"
     kind = "geometric"
+    keeps = ("ranks", "cost", "unit", "steps", "settled")
+    same_names = True  # probes are drawn by them
 
     def __init__(
         self,
@@ -274,9 +276,10 @@ class GeoLoRA(LowRankOptimizer):
     # ---- state -----------------------------------------------------------------------------------
 
     def _masters_of(self, index: int, group: dict[str, Any]) -> Masters:
-        if index not in self._masters:
-            self._masters[index] = Masters(group, self.state)
-        return self._masters[index]
+        known = self._masters.get(index)
+        if known is None or not known.are_of(group, self.state):
+            known = self._masters[index] = Masters(group, self.state)
+        return known
 
     def _shapes(self, group: dict[str, Any], saved: dict[str, Any]) -> Shapes:
         return master_shapes(group, saved)

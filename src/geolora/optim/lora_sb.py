@@ -38,6 +38,7 @@ class LoRASB(BucketwiseOptimizer):
     """
 
     method = "lora-sb"
+    keeps = ("experts", "counts", "steps")
 
     def __init__(
         self,

@@ -40,6 +40,7 @@ class RACLoRA(BucketwiseOptimizer):
     """
 
     method = "rac-lora"
+    keeps = ("experts", "counts", "steps")
     holder = 1  # every B has its own, as AdamW keeps them
 
     def __init__(

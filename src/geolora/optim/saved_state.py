@@ -1,7 +1,7 @@
 """States that are loaded: refused where they are of another model or method, and kept in their dtypes."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,67 +11,93 @@ from geolora.errors import StateError
 Shapes = dict[str, tuple[int, ...]]
 
 
-def refuse_other_state(
-    who: str,
-    groups: list[dict[str, Any]],
-    state_dict: dict[str, Any],
-    shapes_of: Callable[[dict[str, Any], dict[str, Any]], Shapes],
-    holder: int = 0,
-) -> None:
-    """Raise `StateError` for a saved state that is not of these groups, or not whole.
+class Expected(NamedTuple):
+    """What a state must be of.
 
-    Args:
-        who: name of the optimizer. groups: its param groups.
+    Attributes:
+        who: name of the optimizer. method: name of its row in the table of methods.
+        keys: what every param group of pairs has, by the optimizer itself (schedulers add keys of their own).
+        settings: names of the optimizer's own settings, which tell the methods apart. others: those of all methods.
+        same_names: whether layers must have the same names, and not only the same shapes.
         shapes_of: (group, saved group) -> shapes of the tensors that a bucket which has a state must have.
         holder: which parameter of a bucket holds them.
     """
+
+    who: str
+    method: str
+    keys: set[str]
+    settings: set[str]
+    others: set[str]
+    same_names: bool
+    shapes_of: Callable[[dict[str, Any], dict[str, Any]], Shapes]
+    holder: int
+
+
+def refuse_other_state(
+    groups: list[dict[str, Any]], state_dict: dict[str, Any], wanted: Expected
+) -> None:
+    """Raise `StateError` for a saved state that is not of these groups, or not whole."""
+    start = f"{wanted.who}.load_state_dict:"
     if not {"state", "param_groups"} <= set(state_dict):
         raise StateError(
-            f"{who}.load_state_dict: the state must have `state` and `param_groups`; got "
+            f"{start} the state must have `state` and `param_groups`; got "
             f"{sorted(map(str, state_dict))[:4]}. Give what optimizer.state_dict() returned."
         )
     saved_groups = state_dict["param_groups"]
+    good = isinstance(saved_groups, list) and isinstance(state_dict["state"], dict)
+    if not good or not all(isinstance(g, dict) and "params" in g for g in saved_groups):
+        raise StateError(
+            f"{start} the state must be a dict, and every param group a dict with `params`. Give what "
+            "optimizer.state_dict() returned."
+        )
     mine, other = (
-        [(group.get("layers"), len(group["params"])) for group in side]
+        [
+            (group.get("layers") if wanted.same_names else None, len(group["params"] or ()))
+            for group in side
+        ]
         for side in (groups, saved_groups)
     )
     if mine != other:
         raise StateError(
-            f"{who}.load_state_dict: the state must be of the same layers; got "
-            f"{sum(len(names or []) for names, _ in other)} pairs, expected "
-            f"{sum(len(names or []) for names, _ in mine)}, or in another order. "
+            f"{start} the state must be of the same layers; got "
+            f"{sum(len(g.get('layers') or []) for g in saved_groups)} pairs, expected "
+            f"{sum(len(g.get('layers') or []) for g in groups)}, or in another order. "
             "Load it into the model it was saved with."
         )
     for group, saved in zip(groups, saved_groups, strict=True):
-        if group["kind"] != "rest":
-            _refuse_other_method(who, group, saved)
-            first = state_dict["state"].get(saved["params"][holder])
-            if first:
-                _refuse_other_shapes(who, group, saved, first, shapes_of)
+        if group["kind"] == "rest":
+            _refuse_missing(
+                start, saved, {"lr", "betas", "eps", "weight_decay"}, "the other parameters"
+            )
+            continue
+        _refuse_other_method(start, group, saved, wanted)
+        first = state_dict["state"].get(saved["params"][wanted.holder])
+        if first:
+            _refuse_other_shapes(start, group, saved, first, wanted.shapes_of)
 
 
-def _refuse_other_method(who: str, group: dict[str, Any], saved: dict[str, Any]) -> None:
-    missing = sorted(set(group) - set(saved) - {"method"})
-    # groups of version 0.1.0 do not name their method: those of another one have other keys
-    unnamed = "method" not in saved
-    same_keys = not missing and not set(saved) - set(group)
-    if saved.get("method", group["method"]) != group["method"] or (
-        unnamed and (saved["kind"] != group["kind"] or not same_keys)
-    ):
-        of = "another optimizer" if unnamed else f"`{saved['method']}`"
+def _refuse_other_method(
+    start: str, group: dict[str, Any], saved: dict[str, Any], wanted: Expected
+) -> None:
+    foreign = (set(saved) - set(group)) & wanted.others or wanted.settings - set(saved)
+    if foreign or saved.get("kind", group["kind"]) != group["kind"]:
         raise StateError(
-            f"{who}.load_state_dict: the state must be of `{group['method']}`; got that of {of}. Go on "
-            "with the method it was saved by, or start anew."
+            f"{start} the state must be of `{wanted.method}`; got that of another optimizer. Go on with the "
+            "method it was saved by, or start anew."
         )
-    if missing:
+    _refuse_missing(start, saved, wanted.keys, group["layers"][0])
+
+
+def _refuse_missing(start: str, saved: dict[str, Any], keys: set[str], whose: str) -> None:
+    if missing := sorted(keys - set(saved)):
         raise StateError(
-            f"{who}.load_state_dict: the state must be whole; `{missing[0]}` of "
-            f"{group['layers'][0]} is missing. Take an earlier checkpoint."
+            f"{start} the state must be whole; `{missing[0]}` of {whose} is missing. Take an earlier "
+            "checkpoint."
         )
 
 
 def _refuse_other_shapes(
-    who: str,
+    start: str,
     group: dict[str, Any],
     saved: dict[str, Any],
     first: dict[str, Any],
@@ -80,17 +106,22 @@ def _refuse_other_shapes(
     for key, shape in shapes_of(group, saved).items():
         if key not in first:
             raise StateError(
-                f"{who}.load_state_dict: the state must be whole; `{key}` of "
+                f"{start} the state must be whole; `{key}` of "
                 f"{group['layers'][0]} is missing. Take an earlier checkpoint."
+            )
+        if not isinstance(first[key], Tensor):
+            raise StateError(
+                f"{start} `{key}` of {group['layers'][0]} must be a tensor; got "
+                f"{type(first[key]).__name__}. Take an earlier checkpoint."
             )
         if tuple(first[key].shape) != shape:
             raise StateError(
-                f"{who}.load_state_dict: `{key}` must be {shape} for {group['layers'][0]}; "
+                f"{start} `{key}` must be {shape} for {group['layers'][0]}; "
                 f"got {tuple(first[key].shape)}. Use the rank it was saved with."
             )
         if not bool(first[key].isfinite().all()):
             raise StateError(
-                f"{who}.load_state_dict: `{key}` of {group['layers'][0]} must be finite; it holds NaN or "
+                f"{start} `{key}` of {group['layers'][0]} must be finite; it holds NaN or "
                 "infinities. Take an earlier checkpoint."
             )
 

@@ -44,6 +44,10 @@ class Masters:
         self._maps: tuple[Tensor, Tensor] | None = None
         self._constants: tuple[list[int], Tensor, Tensor] | None = None
 
+    def are_of(self, group: dict[str, Any], states: Mapping[Tensor, dict[str, Any]]) -> bool:
+        """Whether they are those of this group and state, and not of ones that have been replaced."""
+        return self.group is group and self._states is states
+
     @property
     def state(self) -> dict[str, Any]:
         """U, sigma, V, K, L, gain: the state of the first parameter; zeros before the first step."""
