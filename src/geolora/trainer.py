@@ -7,7 +7,6 @@ Its gradient clipping (`max_grad_norm`, 1 by default) rescales the factors' grad
 moments="none".
 """
 
-import inspect
 import sys
 import warnings
 from dataclasses import fields
@@ -15,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from geolora.errors import GeoloraWarning, SettingError
-from geolora.methods import METHODS, OPTIMIZERS, Method, resolve
+from geolora.methods import METHODS, OPTIMIZERS, Method, resolve, settings_of
 from geolora.optim.geolora import GeoLoRA
 
 
@@ -38,7 +37,7 @@ def for_trainer(method: str, args: Any = None, **settings: Any) -> tuple[Any, di
             f"for_trainer: `method` must be one of {sorted(OPTIMIZERS)}; got {method!r}."
         )
     row = METHODS[method]
-    known = _settings_of(row.optimizer)
+    known = settings_of(resolve(row.optimizer))
     for name in settings:
         if name not in known:
             raise SettingError(f"for_trainer: `{name}` must be one of {known} for {method}.")
@@ -52,16 +51,11 @@ def factory_of(method: Method) -> Any:
     return partial(resolve, method.optimizer)
 
 
-def _settings_of(optimizer: str) -> list[str]:
-    """Names of the settings that an optimizer of the table takes."""
-    return [name for name in inspect.signature(resolve(optimizer)).parameters if name != "model"]
-
-
 def _with_arguments(optimizer: str, args: Any) -> Any:
     """What builds an optimizer with what a person has set in `TrainingArguments`."""
 
     def build(model: Any, **settings: Any) -> Any:
-        known = _settings_of(optimizer)
+        known = settings_of(resolve(optimizer))
         changed = _changed(args)
         if unused := [name for name in changed if ALIKE[name] not in known]:
             warnings.warn(

@@ -6,6 +6,7 @@ implementations are named "module:attribute", and `resolve` imports them when th
 """
 
 import importlib
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -329,6 +330,11 @@ def method_of(name: str, among: tuple[str, ...] = tuple(METHODS), what: str = "`
     if name not in among:
         raise SettingError(f"{what} must be one of {', '.join(among)}; got {name}.")
     return METHODS[name]
+
+
+def settings_of(optimizer: Any) -> list[str]:
+    """Names of the settings that an optimizer takes beside its model, from its signature."""
+    return [name for name in inspect.signature(optimizer).parameters if name != "model"]
 
 
 def resolve(implementation: str) -> Any:

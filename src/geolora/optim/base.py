@@ -4,7 +4,6 @@ It owns what they share: buckets as param groups, closures refused, steps skippe
 finite, states of another model or method refused, factors that FSDP2 has sharded gathered and written back.
 """
 
-import inspect
 import math
 import warnings
 from abc import ABC, abstractmethod
@@ -22,7 +21,7 @@ from geolora.errors import (
     UnpairedParametersWarning,
     at_most_three,
 )
-from geolora.methods import METHODS, OPTIMIZERS, resolve
+from geolora.methods import METHODS, OPTIMIZERS, resolve, settings_of
 from geolora.optim.adamw import SETTINGS, adamw_step, rest_groups
 from geolora.optim.buckets import (
     bucket_group,
@@ -53,7 +52,7 @@ class LowRankOptimizer(torch.optim.Optimizer, ABC):
     """One param group per bucket of pairs of equal shape, one for the rest; `step` is made of the pieces below."""
 
     method: ClassVar[str]
-    """Name of its row in the table of methods; a state says which it is of."""
+    """Name of its row in the table of methods."""
     kind: ClassVar[str] = "pairs"
     """What its param groups of pairs are called."""
     holder: ClassVar[int] = 0
@@ -191,14 +190,16 @@ class LowRankOptimizer(torch.optim.Optimizer, ABC):
             param_group.pop("momentum", None)  # a default of the pairs
 
     def _expected(self) -> Expected:
-        settings = settings_of(type(self))
+        of_pairs = {row: set(settings_of(resolve(METHODS[row].optimizer))) for row in OPTIMIZERS}
+        beside = {"rest_lr", "adapter_name"}
+        settings = of_pairs[self.method] - beside
         common = {"kind", "params", "layers", "scales", "skipped"}
         return Expected(
             type(self).__name__,
             self.method,
             common | settings | set(self.keeps),
             settings,
-            {name for row in OPTIMIZERS for name in settings_of(resolve(METHODS[row].optimizer))},
+            set().union(*of_pairs.values()) - beside,
             self.same_names,
             self._shapes,
             self.holder,
@@ -255,12 +256,6 @@ class LowRankOptimizer(torch.optim.Optimizer, ABC):
                 GeoloraWarning,
                 stacklevel=4,
             )
-
-
-def settings_of(optimizer: Any) -> set[str]:
-    """Names of the settings of an optimizer's pairs: its arguments."""
-    names = set(inspect.signature(optimizer).parameters)
-    return names - {"model", "rest_lr", "adapter_name"}
 
 
 def _is_number(value: Any) -> bool:

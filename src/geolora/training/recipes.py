@@ -167,7 +167,7 @@ class Recipe:
             warnings.filterwarnings("ignore", "lora with eva initialization used", UserWarning)
             try:
                 peft_model = get_peft_model(model, self.peft_config(common, total))
-            except (ValueError, NotImplementedError, RuntimeError) as error:
+            except (ValueError, NotImplementedError) as error:
                 raise ModelError(
                     f"`--model`: peft cannot add {self.method.title} to the linear layers of "
                     f"{self.config.model} ({type(model).__name__}): {first_line(error)}."
