@@ -18,7 +18,7 @@ CALLS_PEFT = {"optim.lora_plus", "training.recipes", "training.peft_recipes"}
 
 TABLE = """
     adapters.base_model              : errors adapters.names adapters.read
-    adapters.export                  : errors pairs adapters.names
+    adapters.export                  : errors files pairs adapters.names
     adapters.inspect                 : errors kernels pairs adapters.read
     adapters.names                   :
     adapters.prune                   : errors kernels pairs
@@ -26,8 +26,8 @@ TABLE = """
     adapters.truncate                : pairs
     adapters.verify                  : errors pairs adapters.base_model adapters.read
     cli.__main__                     : errors cli.compare cli.demo cli.export cli.inspect cli.plot cli.train cli.verify settings
-    cli.compare                      : comparing report training cli.plot
-    cli.demo                         : adapters errors report settings tasks training cli.demo_texts
+    cli.compare                      : comparing files report training cli.plot
+    cli.demo                         : adapters errors files report settings tasks training cli.demo_texts
     cli.demo_texts                   : errors
     cli.export                       : adapters training
     cli.inspect                      : adapters errors report
@@ -39,7 +39,7 @@ TABLE = """
     comparing.run                    : errors files processes settings tasks training comparing.plan comparing.summary
     comparing.summary                : methods tasks comparing.bootstrap comparing.plan
     errors                           :
-    files                            :
+    files                            : errors
     kernels.augment                  : kernels.decompose
     kernels.decompose                :
     kernels.sketch                   :
@@ -99,14 +99,14 @@ TABLE = """
     trainer                          : errors methods optim
     training.batch_order             :
     training.check                   : errors processes settings training.output_folder training.recipes training.resume
-    training.checkpoints             : errors files processes
+    training.checkpoints             : errors files processes training.identity
     training.clock                   : files processes
-    training.identity                : settings
-    training.output_folder           : errors
+    training.identity                : files settings
+    training.output_folder           : errors files
     training.peak_memory             :
     training.peft_recipes            : adapters errors pairs training.recipes
     training.recipes                 : adapters errors methods pairs settings starts trainer
-    training.resume                  : errors files processes settings training.checkpoints training.output_folder
+    training.resume                  : errors files processes settings training.checkpoints training.identity
     training.run                     : errors files processes settings tasks trainer training.batch_order training.check training.checkpoints training.clock training.identity training.output_folder training.peak_memory training.recipes training.resume
 """
 """Module : what it may import of ours: whole rooms (folders, or files at the top), and files of its own room.

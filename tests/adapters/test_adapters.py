@@ -24,6 +24,7 @@ from transformers.utils import logging
 import geolora
 from geolora.adapters.base_model import quietly
 from geolora.adapters.names import CONFIG, PROBES, WEIGHTS
+from geolora.adapters.read import read_loss
 from geolora.errors import (
     AdapterError,
     BudgetError,
@@ -103,7 +104,14 @@ def test_compact_files_hold_what_was_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rank", [1, 2, 9])
 def test_an_asked_rank_truncates_or_pads_and_says_the_error(rank: int, tmp_path: Path) -> None:
     model, base, _x = trained()
-    done = geolora.export(model, tmp_path, rank=rank)
+    if rank < 9:
+        with pytest.raises(
+            AdapterError, match=rf"`rank` {rank} cuts \d+% .* allows 5%. Give a high"
+        ):
+            geolora.export(model, tmp_path, rank=rank)
+        assert not list(tmp_path.iterdir())
+    done = geolora.export(model, tmp_path, rank=rank, max_error=1.0)
+    assert read_loss(tmp_path) == pytest.approx(done.error)
     lost = total = 0.0
     loaded = PeftModel.from_pretrained(base, str(tmp_path))
     got = {name: (s * B @ A) for name, A, B, s in pairs_of(loaded)}
@@ -115,6 +123,20 @@ def test_an_asked_rank_truncates_or_pads_and_says_the_error(rank: int, tmp_path:
     assert done.error == pytest.approx((lost / total) ** 0.5, abs=1e-6)
     assert (done.error == 0) == (rank == 9)
     assert geolora.verify(tmp_path, Net())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_what_is_not_finite_is_not_written(name: str, value: float, tmp_path: Path) -> None:
+    """Of a head, which no reader of pairs looks at; of what was there before all stays."""
+    model = lora_net(r=2, dtype=torch.float32)
+    geolora.export(model, tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    head = dict(model.named_parameters())[f"base_model.model.head.modules_to_save.default.{name}"]
+    head.data.view(-1)[-1] = value
+    with pytest.raises(AdapterError, match=rf"`.*head.{name}` \(float32\) must be finite"):
+        geolora.export(model, tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_directions_never_judged_are_left_out_with_a_warning(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -218,7 +219,10 @@ def test_train_is_reproducible_and_goes_on_where_it_was_stopped(
         (["train", "--output", "{files}/train.csv/out"], "cannot be made in"),
         (["train", "--output", "{files}", "--overwrite"], "holds .*, which is read"),
         (["train", "--output", "{files}/..", "--overwrite"], "holds .*, which is read"),
-        (["export", "{files}", "{files}", "--overwrite"], "was not written by geolora"),
+        (["train", "--train", "{files}", "--output", "{files}/out"], "lies in .*, which is read"),
+        (["train", "--output", "a\udcff"], "`--output`: must be a path in UTF-8"),
+        (["train", "--eval", "a\udcff"], "`--eval` must be a path in UTF-8"),
+        (["train", "--output", "{files}/model", "--overwrite", "--model", "hub"], "is no run that was written by geolora"),
         (["demo", "--steps", "0", "--output", "{out}"], "`--steps` must be above 0"),
         (["tarin"], "unknown command `tarin`. Did you mean `train`?"),
         ([], "the following arguments are required: COMMAND"),
@@ -229,7 +233,7 @@ def test_train_is_reproducible_and_goes_on_where_it_was_stopped(
         (["inspect", "{files}"], "must be a PEFT adapter folder; .* has no adapter_config.json"),
         (["verify", "{files}"], "must be a PEFT adapter folder"),
         (["export", "{files}", "{out}"], "must be a PEFT adapter folder"),
-        (["export", "{files}", "{files}"], "exists. Choose another folder"),
+        (["export", "{files}", "{files}"], "must be a PEFT adapter folder"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_clear_line(
@@ -275,11 +279,64 @@ def test_inspect_export_verify(geolora: Callable, files: Path, tmp_path: Path) -
     assert code == 0
     assert "compact" in out
     assert geolora("verify", tmp_path / "small", "--base", files / "model")[0] == 0
-    code, out, _ = geolora("export", adapter, tmp_path / "one", "--rank", "1")
+    code, _, err = geolora("export", adapter, tmp_path / "one", "--rank", "1")
+    assert code == 2
+    assert re.search(r"`rank` 1 cuts \d+% of what was trained, `max_error` allows 5%. Give", err)
+    assert not (tmp_path / "one").exists()
+    words = ["--rank", "1", "--max-error", "1"]
+    code, out, _ = geolora("export", adapter, tmp_path / "one", *words)
     assert code == 0
-    assert "relative error" in out
+    error = float(re.findall("relative error (.*)", out)[0])
+    code, out, _ = geolora("verify", tmp_path / "one")
+    assert code == 0
+    assert f"export left out {error:.1%} of what was trained" in out
     assert geolora("export", adapter, tmp_path / "one", "--rank", "99")[0] == 2
-    assert geolora("export", adapter, tmp_path / "one", "--rank", "2", "--overwrite")[0] == 0
+    # an export of what had lost something says what both have lost
+    assert geolora("export", tmp_path / "one", tmp_path / "two", "--layout", "compact")[0] == 0
+    assert (
+        f"export left out {error:.1%} of what was trained" in geolora("verify", tmp_path / "two")[1]
+    )
+    (tmp_path / "two" / "geolora" / "export.json").write_text('{"error": "much"}')
+    assert (
+        "`error` must be a number from 0 to 1; got 'much'" in geolora("verify", tmp_path / "two")[2]
+    )
+
+
+def test_export_onto_its_input_and_around_it(geolora: Callable, tmp_path: Path) -> None:
+    """The adapter may be replaced by its own export; a folder that holds it may not."""
+    assert geolora("train", "--max-steps", "3")[0] == 0
+    out, adapter = tmp_path / "out", tmp_path / "out" / "adapter"
+    (adapter / "thesis.tex").write_text("mine")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for given, message in (
+        ([adapter, out], "holds .*adapter, which is read"),
+        ([out / "adapter", out / "..", "--base", "hub/name"], "holds .*adapter, which is read"),
+        ([adapter, adapter / ".." / "adapter", "--base", adapter / "x"], "must be a model folder"),
+    ):
+        code, _, err = geolora("export", *given, "--overwrite")
+        assert code == 2
+        assert re.search(message, err), err
+        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert geolora("export", adapter, adapter, "--overwrite", "--layout", "compact")[0] == 0
+    assert (adapter / "thesis.tex").read_text() == "mine"
+    assert geolora("verify", adapter)[0] == 0
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        {p.relative_to(out).parts[0] for p in before}
+    )
+
+
+def test_train_overwrites_its_own_files_only(geolora: Callable, tmp_path: Path) -> None:
+    assert geolora("train", "--max-steps", "3")[0] == 0
+    out = tmp_path / "out"
+    for name in ("thesis.tex", "adapter/notes.md", "mine/report.json"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("mine")
+    (out / "adapter" / "added_tokens.json").write_text("of the old run")
+    assert geolora("train", "--max-steps", "2", "--overwrite")[0] == 0
+    assert json.loads((out / "report.json").read_text())["steps"] == 2
+    for name in ("thesis.tex", "adapter/notes.md", "mine/report.json"):
+        assert (out / name).read_text() == "mine"
+    assert not (out / "adapter" / "added_tokens.json").exists()
 
 
 def test_inspect_shows_and_draws_what_a_budget_leaves(

@@ -55,13 +55,13 @@ def run(
     files: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> Run:
     """Run into a folder of `tmp_path`, keeping its checkpoints to look at; exit code and stderr."""
-    real = shutil.rmtree
+    real = task.remove_written
 
-    def keep(path: Any, **options: Any) -> None:
-        if Path(path).name != "checkpoints":
-            real(path, **options)
+    def keep(path: Path, layout: dict[str, Any]) -> None:
+        if path.name != "checkpoints":
+            real(path, layout)
 
-    monkeypatch.setattr(task.shutil, "rmtree", keep)
+    monkeypatch.setattr(task, "remove_written", keep)
 
     def call(folder: str, *more: object) -> tuple[int, str]:
         code = main(words(files, tmp_path / folder, *more))
@@ -288,20 +288,33 @@ def test_a_changed_flag_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
     assert "holds a stopped run with --rank 4, now 3. Give the same flags to go on" in err
 
 
-def test_another_base_is_another_run(
+def test_a_changed_base_is_refused_and_a_note_beside_it_is_no_change(
     run: Run, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copytree(files / "model", tmp_path / "model")
+    """One number beyond the first megabyte of the weights, and files that transformers does not read."""
+    base = tmp_path / "model"
+    shutil.copytree(files / "model", base)
+    weights = load_file(base / "model.safetensors")
+    save_file({"a": torch.zeros(400_000), **weights}, base / "model.safetensors")
     with monkeypatch.context() as patch:
         at_step(patch, 8, ctrl_c)
-        assert run("out", "--model", tmp_path / "model")[0] == 130
-    weights = load_file(tmp_path / "model" / "model.safetensors")
-    save_file({k: 1.5 * v for k, v in weights.items()}, tmp_path / "model" / "model.safetensors")
+        assert run("out", "--model", base)[0] == 130
+    kept = (base / "model.safetensors").read_bytes()
+    for place in (-1, len(kept) // 2, 1_500_000):
+        changed = bytearray(kept)
+        changed[place] ^= 1
+        (base / "model.safetensors").write_bytes(changed)
+        code, err = run("out", "--model", base)
+        assert code == 2
+        assert f"`--model`: {base} has changed since the run in {tmp_path}/out was stopped." in err
+    (base / "model.safetensors").write_bytes(kept)
+    (base / "notes.txt").write_text("mine")
+    (base / "card.pdf").write_text("mine")
+    (tmp_path / "out" / "notes.txt").write_text("mine")
     steps = at_step(monkeypatch, 0, ctrl_c)
-    code, err = run("out", "--model", tmp_path / "model")
-    assert code == 0
-    assert "checkpoint-8 belongs to another run: not used." in err
-    assert steps == [STEPS]
+    assert run("out", "--model", base)[0] == 0
+    assert steps == [STEPS - 8]
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
 
 
 def test_a_stopped_comparison_goes_on_within_its_run(
@@ -418,8 +431,11 @@ def test_a_checkpoint_of_another_run_is_refused(
     foreign = tmp_path / "other/checkpoints/checkpoint-30"
     shutil.copytree(foreign, tmp_path / "out/checkpoints/checkpoint-25")
     code, err = run("out")
-    assert code == 0
+    assert code == 2
     assert "checkpoint-25 belongs to another run: not used." in err
+    assert "out/checkpoints holds checkpoints of another run. Choose another folder, or" in err
+    shutil.rmtree(tmp_path / "out/checkpoints/checkpoint-25")
+    assert run("out")[0] == 0
     assert run("whole")[0] == 0
     assert_same(tmp_path / "whole", tmp_path / "out")
 

@@ -1,6 +1,7 @@
 """`geolora compare`: the plan, the runs that are not repeated, and the numbers that follow."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,10 @@ from geolora.comparing.plan import Cell, read_plan
 from geolora.comparing.run import run_all, split
 from geolora.comparing.summary import summarise
 from geolora.errors import NonFiniteGradientError, OutputError, SettingError
+from geolora.files import alone
 from geolora.report.comparison import table
 from geolora.settings.train_config import TrainConfig
 from geolora.tasks.task import Data, Rows
-from geolora.training.output_folder import alone, remove_folder
 from geolora.training.run import Outcome
 from rows import reviews
 
@@ -193,7 +194,7 @@ def test_an_output_that_is_a_file_or_in_use(files: Path, trained: list[TrainConf
     (plan.output / "runs/one/ours/lr-default/seed-0.json").unlink()
     with alone(plan.output), pytest.raises(OutputError, match="another process works in"):
         run_all(plan, lambda _: None)
-    remove_folder(plan.output)
+    shutil.rmtree(plan.output)
     plan.output.write_text("words")
     with pytest.raises(OutputError, match="is a file. Choose a folder"):
         run_all(plan, lambda _: None)
@@ -203,7 +204,7 @@ def test_an_output_that_is_a_file_or_in_use(files: Path, trained: list[TrainConf
 def test_a_folder_of_something_else_is_left_alone(files: Path, trained: list[TrainConfig]) -> None:
     (files / "out").mkdir()
     (files / "out" / "thesis.tex").write_text("words")
-    with pytest.raises(OutputError, match="exists and holds no comparison"):
+    with pytest.raises(OutputError, match="is no comparison that was written by geolora"):
         run_all(read_plan(plan_file(files)), lambda _: None)
     assert not trained
 

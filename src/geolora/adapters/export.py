@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from geolora.adapters.names import PROBES, WEIGHTS
+from geolora.adapters.names import LOSSES, PROBES, WEIGHTS
 from geolora.errors import AdapterError, GeoloraWarning, SettingError, at_most_three
+from geolora.files import replacing, write_json, write_text
 from geolora.pairs.find import (
     PREFIX,
     Pair,
@@ -62,35 +63,57 @@ class Export:
         return self.layout == "uniform" and not self.others
 
 
-@torch.no_grad()
 def export(
     model: nn.Module,
     path: str | Path,
     layout: str = "uniform",
     rank: int | None = None,
     adapter_name: str | None = None,
+    max_error: float = 0.05,
 ) -> Export:
     """Write a PEFT adapter that stock `peft` loads, with probes for `verify` beside it.
 
     Trained heads and biases are kept; `verify` does not check them. Directions that were never
     judged are left out, with a warning. The model is not changed. Of a sharded model (FSDP2) the factors are
-    gathered: every process must call, the first one writes.
+    gathered: every process must call, the first one writes. The files take the place of an adapter in
+    the folder at once: a process that is killed leaves the old one or the new one, whole.
 
     Args:
         model: a PeftModel.
-        path: folder to write; created where missing, files of the same names are replaced.
+        path: folder to write; created where missing. An adapter in it is replaced, other files stay.
         layout: "uniform": one rank, alpha = rank, no patterns; "compact": each layer its own rank
             through rank_pattern and alpha_pattern (peft and diffusers read it, servers do not).
         rank: rank of the uniform file; None for the largest one found. A smaller one truncates,
             a larger one pads with zeros.
         adapter_name: which adapter; None for the active one.
+        max_error: what `rank` may cut, ||what is dropped||_F / ||W||_F over all layers; 1 for anything.
 
     Returns:
         An `Export`; its `error` says what truncation lost.
 
     Raises:
-        AdapterError: the model is not a PeftModel.
+        AdapterError: the model is not a PeftModel, a trained number is not finite (or not in the
+            dtype of the file), or `rank` cuts more than `max_error`. Nothing is written then.
         SettingError: an unknown layout, or a rank that does not fit.
+        OutputError: the folder cannot be replaced.
+    """
+    return write(model, path, layout, rank, adapter_name, max_error, 0.0)
+
+
+@torch.no_grad()
+def write(
+    model: nn.Module,
+    path: str | Path,
+    layout: str,
+    rank: int | None,
+    adapter_name: str | None,
+    max_error: float,
+    lost_before: float,
+) -> Export:
+    """Export a model whose adapter had itself lost something of what was trained; else as `export`.
+
+    Args:
+        lost_before: the relative error of the export it was read from.
     """
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors.torch import save_file
@@ -106,6 +129,8 @@ def export(
     pairs = find_pairs(model, adapter_name, with_sharded=True)
     _refuse_what_a_file_cannot_hold(model, adapter_name, pairs)
     _check_rank(pairs, layout, rank)
+    if not 0 <= max_error <= 1:
+        raise SettingError(f"export: `max_error` must be in 0..1; got {max_error}.")
     layers = _layers(pairs, layout, rank)
     trials = sum(layer.trials for layer in layers)
     if trials:
@@ -133,14 +158,24 @@ def export(
         dropped_trials=trials,
         others=sorted(key for key in tensors if not key.endswith(PAIR_ENDINGS)),
     )
+    _refuse_not_finite(copies)
+    if rank is not None and done.error > max_error:
+        needed = max(layer.settled for layer in layers)
+        raise AdapterError(
+            f"export: `rank` {rank} cuts {done.error:.0%} of what was trained, `max_error` allows "
+            f"{max_error:.0%}. Give a higher rank ({needed} keeps all), or a higher `max_error`."
+        )
     config = _exported_config(model, adapter_name, layers, layout)
     if is_first(model):
-        (done.path / PROBES).parent.mkdir(parents=True, exist_ok=True)
-        save_file(copies, done.path / WEIGHTS, metadata={"format": "pt"})
-        probes = {key: value for layer in layers for key, value in layer.probes().items()}
-        save_file(probes, done.path / PROBES)
-        config.save_pretrained(done.path)
-        (done.path / "README.md").write_text(_model_card(done, config), encoding="utf-8")
+        with replacing(done.path) as folder:
+            (folder / PROBES).parent.mkdir()
+            save_file(copies, folder / WEIGHTS, metadata={"format": "pt"})
+            probes = {key: value for layer in layers for key, value in layer.probes().items()}
+            save_file(probes, folder / PROBES)
+            kept = (1 - done.error**2) * (1 - lost_before**2)
+            write_json(folder / LOSSES, {"error": (1 - kept) ** 0.5})
+            write_text(folder / "README.md", _model_card(done, config))
+            config.save_pretrained(folder)
     return done
 
 
@@ -242,6 +277,15 @@ def _refuse_what_a_file_cannot_hold(model: Any, adapter_name: str, pairs: list[P
             f"export: LoRA on embeddings ({at_most_three(embeddings)}) has another rank and scale "
             "rule than the pairs. Use peft's save_pretrained, or leave embeddings out."
         )
+
+
+def _refuse_not_finite(tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise AdapterError(
+                f"export: `{name}` ({str(tensor.dtype).removeprefix('torch.')}) must be finite: the "
+                "training diverged, or the dtype is too small. Nothing was written."
+            )
 
 
 def _check_rank(pairs: list[Pair], layout: str, rank: int | None) -> None:

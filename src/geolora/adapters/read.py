@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geolora.adapters.names import CONFIG, PROBES, WEIGHTS
+from geolora.adapters.names import CONFIG, LOSSES, PROBES, WEIGHTS
 from geolora.errors import AdapterError, GeoloraWarning, at_most_three, first_line, shown
 from geolora.files import read_json
 from geolora.pairs.find import PREFIX
@@ -110,6 +110,21 @@ def read_adapter(path: str | Path) -> SavedAdapter:
     _check_config(folder / CONFIG, config)
     tensors = read_tensors(folder / WEIGHTS)
     return SavedAdapter(folder, config, tensors, _read_pairs(folder, config, tensors))
+
+
+def read_loss(folder: str | Path) -> float | None:
+    """||what exports left out||_F / ||W||_F of what was trained; None where it was not written down.
+
+    Raises:
+        AdapterError: it is no number from 0 to 1.
+    """
+    file = Path(folder) / LOSSES
+    if not file.exists():
+        return None
+    error = read_object(file).get("error")
+    if isinstance(error, bool) or not isinstance(error, int | float) or not 0 <= error <= 1:
+        raise AdapterError(f"{file}: `error` must be a number from 0 to 1; got {shown(error)}.")
+    return float(error)
 
 
 def read_probes(saved: SavedAdapter) -> dict[str, tuple[Tensor, Tensor]]:

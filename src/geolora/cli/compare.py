@@ -1,7 +1,6 @@
 """geolora compare: methods over a grid of step sizes, seeds and tasks, fairly, in one table."""
 
 import argparse
-from pathlib import Path
 
 from geolora.cli.plot import draw_comparison
 
@@ -32,6 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Run what is missing, and print the table."""
     from geolora.comparing.plan import read_plan
     from geolora.comparing.run import run_all
+    from geolora.files import write_text
     from geolora.report.comparison import table
     from geolora.training.output_folder import naming_disk_errors
 
@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
     summary = run_all(plan, lambda line: print(line, flush=True))
     text = table(summary)
     with naming_disk_errors(plan.output):
-        Path(plan.output / "table.txt").write_text(text + "\n", encoding="utf-8")
+        write_text(plan.output / "table.txt", text + "\n")
         drawn = draw_comparison(plan.output)
     print(f"\n{text}\n")
     print(

@@ -6,13 +6,13 @@ Data: the docstrings of Python's standard library, labelled by theme (demo_texts
 
 import argparse
 import hashlib
-import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from geolora.errors import ModelError, SettingError
-from geolora.training.output_folder import check_output, remove_folder
+from geolora.files import DEMO, remove_written, write_json, write_text
+from geolora.training.output_folder import check_output, naming_disk_errors
 
 EXAMPLES = """examples:
   geolora demo
@@ -39,16 +39,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """The frozen floor first, then LoRA, then GeoLoRA, then one table."""
+    """Check everything that can be wrong, then compare."""
     model = model_folder()
     output = Path(arguments.output)
-    check_output(output, arguments.overwrite, [model])
+    check_output(output, arguments.overwrite, "demo", [model])
     if arguments.steps < 1:
         raise SettingError(f"`--steps` must be above 0; got {arguments.steps}.")
-    remove_folder(output)
-    output.mkdir(parents=True)
-    (output / "demo.json").write_text("{}\n", encoding="utf-8")  # whose folder it is
+    with naming_disk_errors(output):
+        remove_written(output, DEMO)
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / "demo.json", {})  # whose folder it is
+        compare(model, output, arguments)
 
+
+def compare(model: Path, output: Path, arguments: argparse.Namespace) -> None:
+    """The frozen floor first, then LoRA, then GeoLoRA, then one table."""
     from geolora.cli.demo_texts import docstring_themes
     from geolora.settings.train_config import TrainConfig
     from geolora.tasks.text_classification import labelled_texts
@@ -169,8 +174,8 @@ def finish(
         )
     table = "\n".join(lines)
     floor = {"majority": majority, "logistic_regression": logistic}
-    (output / "demo.json").write_text(json.dumps({"floor": floor, **reports}, indent=2) + "\n")
-    (output / "table.txt").write_text(table + "\n")
+    write_json(output / "demo.json", {"floor": floor, **reports})
+    write_text(output / "table.txt", table + "\n")
     figure = rank_map(output / "geolora")
     ranks = reports["geolora"]["ranks"].values()
     say(f"\n{table}")

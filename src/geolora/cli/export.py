@@ -13,29 +13,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", help="folder to write")
     parser.add_argument("--layout", default="uniform", help="uniform or compact (uniform)")
     parser.add_argument("--rank", type=int, help="rank of the uniform file; the largest in use")
+    parser.add_argument(
+        "--max-error",
+        type=float,
+        default=0.05,
+        help="share of the trained update that --rank may cut (0.05); 1 for anything",
+    )
     parser.add_argument("--base", help="base model folder or name; the adapter's own if not given")
     parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Load the adapter over its base model, and export it."""
-    import tempfile
     from pathlib import Path
 
-    from geolora.adapters.base_model import load_adapter
-    from geolora.adapters.export import export
-    from geolora.training.output_folder import check_output, remove_folder
+    from geolora.adapters.base_model import load_base, over_base
+    from geolora.adapters.export import write
+    from geolora.adapters.read import read_adapter, read_loss
+    from geolora.training.output_folder import check_output, naming_disk_errors
 
     output = Path(arguments.output)
-    check_output(output, arguments.overwrite)
-    model = load_adapter(arguments.adapter, arguments.base)
-    output.absolute().parent.mkdir(parents=True, exist_ok=True)
-    # written whole before an old folder goes: the old one may be the adapter itself
-    with tempfile.TemporaryDirectory(dir=output.absolute().parent) as folder:
-        new = Path(folder) / "adapter"
-        done = export(model, new, layout=arguments.layout, rank=arguments.rank)
-        remove_folder(output)
-        new.rename(output)
+    saved = read_adapter(arguments.adapter)
+    base = arguments.base or saved.config.get("base_model_name_or_path") or ""
+    again = (
+        output.resolve() == saved.folder.resolve()
+    )  # an adapter may be replaced by its own export
+    inputs = [base] if again else [base, arguments.adapter]
+    check_output(output, arguments.overwrite, "adapter", inputs)
+    model = over_base(load_base(saved, arguments.base), saved)
+    with naming_disk_errors(output):
+        done = write(
+            model, output, arguments.layout, arguments.rank, None, arguments.max_error,
+            lost_before=read_loss(saved.folder) or 0.0,
+        )  # fmt: skip
     used = max(done.ranks.values())
     print(
         f"{done.layout}, largest rank {used}, {done.exported_parameters:,} numbers for "

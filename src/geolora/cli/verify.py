@@ -15,8 +15,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the worst layer; exit code 2 where one is wrong."""
+    from geolora.adapters.read import read_loss
     from geolora.adapters.verify import verify
 
     errors = verify(arguments.adapter, arguments.base)
     worst = max(errors, key=lambda name: errors[name])
     print(f"{len(errors)} layers are right; largest relative error {errors[worst]:.1e} in {worst}")
+    if lost := read_loss(arguments.adapter):
+        print(f"export left out {lost:.1%} of what was trained (relative error of the update)")

@@ -18,13 +18,13 @@ import torch
 from geolora import processes
 from geolora.comparing.plan import Cell, Plan
 from geolora.comparing.summary import summarise
-from geolora.errors import GradientError, OutputError, SettingError
-from geolora.files import read_json, write_json
+from geolora.errors import GradientError, SettingError
+from geolora.files import RUN, alone, read_json, remove_written, write_json
 from geolora.settings.train_config import DEFAULTS, TrainConfig
 from geolora.tasks.task import Data, Rows
 from geolora.training.check import check
-from geolora.training.identity import base_id
-from geolora.training.output_folder import alone, check_output, naming_disk_errors, remove_folder
+from geolora.training.identity import base_id, base_id_of_0_1
+from geolora.training.output_folder import check_output, naming_disk_errors
 from geolora.training.resume import unfinished
 from geolora.training.run import load, train
 
@@ -48,19 +48,12 @@ def run_all(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
             f"{processes.count()}. Start it without torchrun: its runs are small, and made one by one."
         )
     marker = plan.output / "comparison.json"
-    if plan.output.is_file():
-        raise OutputError(f"`output`: {plan.output} is a file. Choose a folder.")
-    if plan.output.exists() and any(plan.output.iterdir()) and not marker.exists():
-        raise OutputError(
-            f"`output`: {plan.output} exists and holds no comparison. Choose another folder."
-        )
+    check_output(plan.output, True, "comparison")
     data = {cell.task: cell.config for cell in plan.cells}
     loaded = {task: split(load(config), plan.choose_on) for task, config in data.items()}
     todo = [cell for cell in plan.cells if not _done(plan, cell, loaded[cell.task][0])]
     for cell in todo:
         check(replace(cell.config, output=f"{cell.config.output}-to-be"))
-    if not plan.output.exists():
-        check_output(plan.output, False)
     plan.output.mkdir(parents=True, exist_ok=True)
     with naming_disk_errors(plan.output), alone(plan.output):
         if not marker.exists():
@@ -72,9 +65,8 @@ def run_all(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
             path = _file(plan, cell)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, result, indent=None)
-            remove_folder(
-                cell.config.output
-            )  # only now: a run that is not on file must not be lost
+            # only now: a run that is not on file must not be lost
+            remove_written(Path(cell.config.output), RUN)
             left = (time.perf_counter() - begun) / number * (len(todo) - number)
             say(f"{number}/{len(todo)}  {cell.name}  {_short(result)}; {left / 60:.0f} min left")
         results = [(cell, read_json(_file(plan, cell))) for cell in plan.cells]
@@ -100,10 +92,10 @@ def split(data: Data, share: float) -> tuple[Data, Rows]:
 def _run(cell: Cell, data: Data, choice: Rows) -> dict[str, Any]:
     """Train one cell, or go on with it; a run that diverges has no scores and says why."""
     if not unfinished(cell.config):
-        remove_folder(cell.config.output)
+        remove_written(Path(cell.config.output), RUN)
     result: dict[str, Any] = {
         "settings": _stored(cell.config),
-        "data": _inputs(cell, data),
+        "data": _inputs(data, base_id(cell.config.model)),
         "failure": None,
     }
     try:
@@ -139,7 +131,8 @@ def _done(plan: Plan, cell: Cell, data: Data) -> bool:
             f"{path} was run with `{key}` {settings.get(key)!r}, now it is {ours[key]!r}. "
             "Remove the file, or choose another output."
         )
-    if theirs != _inputs(cell, data):
+    bases = (base_id(cell.config.model), base_id_of_0_1(cell.config.model))
+    if theirs not in [_inputs(data, base) for base in bases]:
         raise SettingError(
             f"{path} was run on other data or another base. Remove it, or choose another output."
         )
@@ -157,9 +150,9 @@ def _stored(config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def _inputs(cell: Cell, data: Data) -> str:
+def _inputs(data: Data, base: str) -> str:
     """A hash of the data and the base model of a run."""
-    return hashlib.sha256(f"{data.digest()} {base_id(cell.config.model)}".encode()).hexdigest()
+    return hashlib.sha256(f"{data.digest()} {base}".encode()).hexdigest()
 
 
 def _short(result: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from geolora.files import read_json
 from geolora.report import panels
-from geolora.report.figures import can_draw
+from geolora.report.figures import can_draw, save
 from geolora.report.inline import plain_names
 from geolora.report.layout import rank_table
 from geolora.report.text import as_text
@@ -48,7 +48,7 @@ def figures(folder: str | Path) -> list[Path]:
             drawn["budgets.png"] = _budget_maps(summary)
         paths = []
         for name, figure in drawn.items():
-            figure.savefig(folder / name, dpi=150)
+            save(figure, folder / name)
             paths.append(folder / name)
     return paths
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-from geolora.files import read_json
+from geolora.files import read_json, write_at_once
 from geolora.report import panels
 from geolora.report.layout import depth_order, kinds_and_depths, rank_table
 
@@ -43,7 +43,7 @@ def rank_map(folder: str | Path, lower_is_better: bool = False) -> Path | None:
     )
     figure = ranks_figure(report["ranks"], max([1, *report["ranks"].values()]), title)
     path = folder / "ranks.png"
-    figure.savefig(path, dpi=150)
+    save(figure, path)
     return path
 
 
@@ -57,8 +57,13 @@ def adapter_figures(rows: list[dict[str, Any]], folder: Path, judged: str) -> li
     """
     paths = [folder / name for name in NAMES]
     for draw, path in zip((_rank_change, _spectra), paths, strict=True):
-        draw(rows, judged).savefig(path, dpi=150)
+        save(draw(rows, judged), path)
     return paths
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all."""
+    write_at_once(path, lambda file: figure.savefig(file, dpi=150, format="png"))
 
 
 def ranks_figure(ranks: dict[str, int], top: int, title: str = "", small: bool = False) -> Any:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from geolora.files import read_json
+from geolora.files import read_json, write_text
 from geolora.report import panels, view
 from geolora.report.clean import clean, without_folders
 from geolora.report.figures import can_draw, ranks_figure
@@ -200,7 +200,5 @@ def _write(folder: Path, template: str, **shown: Any) -> Path:
     """Write the page so that a reader sees the whole file or none."""
     text = _templates().get_template(template).render(shown)
     path = folder / NAME
-    partial = path.with_name(f"{NAME}.partial")
-    partial.write_text(text, encoding="utf-8", newline="\n")
-    partial.replace(path)
+    write_text(path, text)
     return path

@@ -3,9 +3,10 @@
 import math
 from dataclasses import fields
 from importlib.util import find_spec
+from pathlib import Path
 
 from geolora import processes
-from geolora.errors import ModelError, SettingError, nearest
+from geolora.errors import ModelError, OutputError, SettingError, nearest, shown
 from geolora.settings.train_config import DEFAULTS, LOGGERS, METRICS_OF, ONLY_FOR, TrainConfig
 from geolora.training.output_folder import check_output
 from geolora.training.recipes import recipe_of
@@ -31,10 +32,12 @@ def check(config: TrainConfig) -> None:
             f"--gradient-accumulation); got {config.batch_size}."
         )
     recipe_of(config).check()
+    _check_place(config)
     if not config.overwrite:
         refuse_changed(config)
     if not unfinished(config) or config.overwrite:
-        check_output(config.output, config.overwrite, (config.model, config.train, config.eval))
+        inputs = (config.model, config.train, config.eval)
+        check_output(config.output, config.overwrite, "run", inputs)
 
 
 def microbatches(config: TrainConfig) -> int:
@@ -84,6 +87,23 @@ def _check_task(config: TrainConfig) -> None:
         if config.task not in tasks and getattr(config, name) != DEFAULTS[name]:
             raise SettingError(
                 f"`{_flag(name)}` belongs to --task {', '.join(tasks)}; got {config.task}."
+            )
+
+
+def _check_place(config: TrainConfig) -> None:
+    """Refuse paths that cannot be written down, and an output among the files that are trained on."""
+    for name in ("model", "train", "eval"):
+        try:
+            getattr(config, name).encode()
+        except UnicodeEncodeError:
+            raise SettingError(
+                f"`{_flag(name)}` must be a path in UTF-8; got {shown(getattr(config, name))}. Rename it."
+            ) from None
+    for name in ("train", "eval"):
+        folder = Path(getattr(config, name)).resolve()
+        if folder.is_dir() and Path(config.output).resolve().is_relative_to(folder):
+            raise OutputError(
+                f"`--output`: {config.output} lies in {folder}, which is read. Choose another folder."
             )
 
 

@@ -4,10 +4,7 @@ Trainer writes a checkpoint file by file; a process that is killed meanwhile lea
 written last and at once, holds the size and hash of every file and which run it belongs to.
 """
 
-import hashlib
-import os
 import re
-import shutil
 import signal
 import warnings
 from pathlib import Path
@@ -15,8 +12,9 @@ from types import FrameType
 from typing import Any
 
 from geolora import processes
-from geolora.errors import CheckpointWarning
-from geolora.files import read_json, write_json
+from geolora.errors import CheckpointWarning, OutputError
+from geolora.files import CHECKPOINT, flush, is_empty, read_json, remove_written, write_json
+from geolora.training.identity import digest
 
 SEAL = "geolora.json"
 FOREIGN = "belongs to another run"
@@ -24,14 +22,6 @@ FOREIGN = "belongs to another run"
 
 class Stopped(KeyboardInterrupt):
     """A run that was asked to stop (Ctrl-C, SIGTERM) and has saved a checkpoint."""
-
-
-def flush(folder: Path) -> None:
-    """Bring every file of a folder to disk."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
 
 
 def seal(checkpoint: Path, run: str) -> None:
@@ -60,7 +50,7 @@ def rotate(folder: Path, run: str, newest: Path) -> None:
         if problem is None and before is None and step_of(path) < step_of(newest):
             before = path
         elif problem != FOREIGN:
-            shutil.rmtree(path)
+            remove_written(path, CHECKPOINT)
 
 
 def flaw(checkpoint: Path, run: str) -> str | None:
@@ -89,13 +79,22 @@ def latest(folder: Path, run: str) -> Path | None:
     Args:
         folder: where `checkpoint-N` folders lie; need not exist.
         run: as in `seal`.
+
+    Raises:
+        OutputError: there is none, but some of another run, which would be lost.
     """
     by_step = _steps(folder)
+    problems = []
     for step in sorted(by_step, reverse=True):
-        problem = flaw(by_step[step], run)
-        if problem is None:
+        problems.append(flaw(by_step[step], run))
+        if problems[-1] is None:
             return by_step[step]
-        warnings.warn(f"{by_step[step]} {problem}: not used.", CheckpointWarning, stacklevel=2)
+        warnings.warn(f"{by_step[step]} {problems[-1]}: not used.", CheckpointWarning, stacklevel=2)
+    if FOREIGN in problems:
+        raise OutputError(
+            f"`--output`: {folder} holds checkpoints of another run. Choose another folder, or add "
+            "--overwrite to lose them."
+        )
     return None
 
 
@@ -171,19 +170,10 @@ def checkpoint_callback(run: str, can_resume: bool = True) -> Any:
     return Checkpoints()
 
 
-def digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    result = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            result.update(block)
-    return result.hexdigest()
-
-
 def _steps(folder: Path) -> dict[int, Path]:
     """Checkpoints by step."""
     return {
         int(match[1]): path
         for path in folder.glob("checkpoint-*")
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and not is_empty(path)
     }

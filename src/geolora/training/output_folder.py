@@ -1,54 +1,56 @@
-"""Output folders: refused where they exist, replaced only where geolora wrote them."""
+"""Output folders: refused where they exist, unless geolora wrote them; disk errors in one line."""
 
 import errno
 import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from geolora.errors import OutputError
+from geolora.errors import OutputError, shown
+from geolora.files import holds, is_empty, restore
 
-LOCK = ".lock"
-"""Held by the process that works in a folder."""
-OURS = ("run.json", "demo.json", "adapter_config.json")
-"""Files by which a folder is known as one that geolora wrote."""
+LONGEST_NAME = 200
+"""Bytes; file systems take 255, of which what is written beside a folder needs some."""
 OS_ERROR = re.compile(r"os error (\d+)")
 """How safetensors names the system's error."""
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_RIGHT = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
-def check_output(output: str | Path, overwrite: bool, inputs: Iterable[str | Path] = ()) -> None:
+def check_output(
+    output: str | Path, overwrite: bool, kind: str = "run", inputs: Iterable[str | Path] = ()
+) -> None:
     """Refuse an output folder that cannot or must not be written; nothing is changed.
 
     Args:
         output: the folder. overwrite: whether an existing one may be replaced.
+        kind: what will be in it, and so what it may hold now: "run", "demo", "adapter", "comparison".
         inputs: files and folders that are read, and so must not lie inside it.
 
     Raises:
-        OutputError: it exists and may not be replaced, was not written by geolora, holds an input,
-            or its parent cannot be written.
+        OutputError: it has no usable name, exists and may not be replaced, was not written by geolora,
+            holds an input, or its parent cannot be written.
     """
+    _check_name(str(output))
     output = Path(output)
-    if output.exists():
-        if not overwrite:
-            raise OutputError(
-                f"`--output`: {output} exists. Choose another folder, or add --overwrite."
-            )
-        resolved = output.resolve()
-        for path in map(Path, inputs):
-            if path.exists() and resolved in (path.resolve(), *path.resolve().parents):
-                raise OutputError(
-                    f"`--output`: {output} holds {path}, which is read. Choose another."
-                )
-        known = output.is_dir() and any((output / name).exists() for name in OURS)
-        if not known and not (output.is_dir() and not any(output.iterdir())):
-            raise OutputError(
-                f"`--output`: {output} was not written by geolora, so --overwrite leaves it alone. "
-                "Choose another folder."
-            )
+    restore(output.absolute())
+    there = output.exists() and not is_empty(output)
+    if there and not overwrite:
+        raise OutputError(
+            f"`--output`: {output} exists. Choose another folder, or add --overwrite."
+        )
+    if there and not output.is_dir():
+        raise OutputError(f"`--output`: {output} is a file. Choose a folder.")
+    resolved = output.resolve()
+    for path in map(str, inputs):
+        if os.path.exists(path) and Path(path).resolve().is_relative_to(resolved):  # noqa: PTH110
+            raise OutputError(f"`--output`: {output} holds {path}, which is read. Choose another.")
+    if there and not holds(output, kind):
+        raise OutputError(
+            f"`--output`: {output} is no {kind} that was written by geolora, so it is left alone. "
+            "Choose another folder."
+        )
     parent = next(folder for folder in (output.absolute()).parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise OutputError(
@@ -56,43 +58,17 @@ def check_output(output: str | Path, overwrite: bool, inputs: Iterable[str | Pat
         )
 
 
-def remove_folder(output: str | Path) -> None:
-    """Remove a folder that `check_output` has passed."""
-    output = Path(output)
-    if output.is_symlink():
-        output.unlink()
-    elif output.exists():
-        shutil.rmtree(output)
-
-
-def empty_folder(folder: Path) -> None:
-    """Remove what is in a folder that `check_output` has passed and that is held; the hold stays."""
-    for path in folder.iterdir():
-        if path.name != LOCK:
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process, where the system can (not on Windows).
-
-    Raises:
-        OutputError: another process works in it.
-    """
+def _check_name(output: str) -> None:
+    """Refuse a name that no file system takes, or that cannot be written down in UTF-8."""
     try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    with (folder / LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise OutputError(
-                f"`--output`: another process works in {folder}. Wait for it, or choose another."
-            ) from error
-        yield
-        (folder / LOCK).unlink(missing_ok=True)
+        longest = max(len(part.encode()) for part in ["", *Path(output).parts])
+    except UnicodeEncodeError:
+        longest = LONGEST_NAME + 1
+    if longest > LONGEST_NAME or "\0" in output or not output.strip():
+        raise OutputError(
+            f"`--output`: must be a path in UTF-8 of names of at most {LONGEST_NAME} bytes; got "
+            f"{shown(output)}. Choose another folder."
+        )
 
 
 @contextmanager

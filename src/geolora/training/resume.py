@@ -4,17 +4,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from geolora import processes
-from geolora.errors import DataError, OutputError
-from geolora.files import read_json
-from geolora.settings.train_config import TrainConfig
+from geolora.errors import DataError, ModelError, OutputError
+from geolora.files import RUN, alone, holds, read_json, remove_written, write_json
+from geolora.settings.train_config import DEFAULTS, TrainConfig
 from geolora.training.checkpoints import latest
-from geolora.training.output_folder import alone, empty_folder
+from geolora.training.identity import base_id, base_id_of_0_1, run_id
 
-RUN = "run.json"
+MARK = "run.json"
 """Settings and data of the run of a folder; with report.json beside it, the run has ended."""
+NOT_SETTINGS = ("overwrite", "data", "base", "run")
+"""Entries of it that are no settings, or make no difference."""
 
 
 def unfinished(config: TrainConfig) -> bool:
@@ -36,40 +38,63 @@ def refuse_changed(config: TrainConfig) -> None:
         )
 
 
-@contextmanager
-def opened(config: TrainConfig, data_id: str, run_id: str) -> Iterator[Path | None]:
-    """Hold the output folder for this run; gives the checkpoint to go on from.
+class Opened(NamedTuple):
+    """An output folder that is held.
 
-    The folder is emptied where there is none. Of several processes the first one empties and holds
-    it, when all have seen what it held.
+    Attributes:
+        checkpoint: where the run goes on from. run: its id, which its checkpoints have.
+    """
+
+    checkpoint: Path | None
+    run: str
+
+
+@contextmanager
+def opened(config: TrainConfig, data_id: str) -> Iterator[Opened]:
+    """Hold the output folder for this run, begun or gone on with, and write down there what run it is.
+
+    What geolora wrote is removed from it where there is no checkpoint. Of several processes the first
+    one writes, when all have seen what the folder held.
 
     Raises:
-        DataError: a stopped run over other data. OutputError: another process works in the folder.
+        DataError, ModelError: a stopped run over other data or another base.
+        OutputError: checkpoints of another run, or another process works in the folder.
     """
-    output = Path(config.output)
-    checkpoint = None if config.overwrite else _checkpoint(config, data_id, run_id)
+    output, base = Path(config.output), base_id(config.model)
+    found = None if config.overwrite else _found(config, data_id, base)
+    now = found or Opened(None, run_id(config, data_id, base))
     processes.wait_for_all()
     if processes.is_first():
         output.mkdir(parents=True, exist_ok=True)
     processes.wait_for_all()
     with alone(output) if processes.is_first() else nullcontext():
-        if processes.is_first() and checkpoint is None:
-            empty_folder(output)
+        if processes.is_first():
+            if now.checkpoint is None:
+                remove_written(output, RUN)
+            write_json(
+                output / MARK, {**asdict(config), "data": data_id, "base": base, "run": now.run}
+            )
         processes.wait_for_all()
-        yield checkpoint
+        yield now
 
 
-def _checkpoint(config: TrainConfig, data_id: str, run_id: str) -> Path | None:
-    """The last usable checkpoint of a stopped run of these settings and data."""
+def _found(config: TrainConfig, data_id: str, base: str) -> Opened | None:
+    """The stopped run of these settings, data and base, and its last usable checkpoint."""
     saved = _stopped(config)
     if saved is None or _changed(config, saved):
         return None
+    do = "Choose another folder, or add --overwrite."
     if saved.get("data") != data_id:
         raise DataError(
-            f"`--output`: {config.output} holds an unfinished run of the same flags over other data. "
-            "Choose another folder, or add --overwrite."
+            f"`--output`: {config.output} holds an unfinished run of the same flags over other data. {do}"
         )
-    return latest(Path(config.output) / "checkpoints", run_id)
+    if saved.get("base", base) != base:
+        raise ModelError(
+            f"`--model`: {config.model} has changed since the run in {config.output} was stopped. "
+            f"Put it back as it was; or choose another folder, or add --overwrite."
+        )
+    run = saved.get("run") or run_id(config, data_id, base_id_of_0_1(config.model))
+    return Opened(latest(Path(config.output) / "checkpoints", run), run)
 
 
 def _stopped(config: TrainConfig) -> dict[str, Any] | None:
@@ -77,15 +102,12 @@ def _stopped(config: TrainConfig) -> dict[str, Any] | None:
     output = Path(config.output)
     if (output / "report.json").exists():
         return None
-    try:
-        saved = read_json(output / RUN)
-    except (OSError, ValueError):
-        return None
-    return saved if isinstance(saved, dict) else None
+    return read_json(output / MARK) if holds(output, "run") else None
 
 
 def _changed(config: TrainConfig, saved: dict[str, Any]) -> list[str]:
     """Names of the settings that are not as saved; what may differ is left out."""
-    ours = {key: value for key, value in asdict(config).items() if key != "overwrite"}
-    theirs = {key: value for key, value in saved.items() if key not in ("overwrite", "data")}
-    return sorted(k for k in {*ours, *theirs} if ours.get(k, ...) != theirs.get(k, ...))
+    known = {key: value for key, value in saved.items() if key not in NOT_SETTINGS}
+    theirs = {**DEFAULTS, **known}  # a run made before a setting was there had its default
+    ours = asdict(config)
+    return sorted(k for k in theirs if k not in NOT_SETTINGS and ours.get(k, ...) != theirs[k])

@@ -2,10 +2,9 @@
 
 import math
 import shlex
-import shutil
 import statistics
 import sys
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ import torch
 
 from geolora import processes
 from geolora.errors import DivergedError, SettingError
-from geolora.files import read_json, write_json
+from geolora.files import RUN, read_json, remove_written, replacing, write_json, write_text
 from geolora.settings.strict_yaml import as_yaml
 from geolora.settings.train_config import METRICS_OF, TrainConfig
 from geolora.tasks.causal_lm import CausalLM
@@ -25,13 +24,13 @@ from geolora.tasks.token_classification import TokenClassification
 from geolora.trainer import log_ranks, progress_callback
 from geolora.training.batch_order import batch_order
 from geolora.training.check import check, microbatches, planned_steps
-from geolora.training.checkpoints import Stopped, checkpoint_callback, flush
+from geolora.training.checkpoints import Stopped, checkpoint_callback
 from geolora.training.clock import clock_callback
-from geolora.training.identity import run_id, versions
-from geolora.training.output_folder import naming_disk_errors, remove_folder
+from geolora.training.identity import versions
+from geolora.training.output_folder import naming_disk_errors
 from geolora.training.peak_memory import peak_bytes, reset_peak
 from geolora.training.recipes import Batches, Kept, Recipe, recipe_of
-from geolora.training.resume import RUN, opened
+from geolora.training.resume import opened
 
 TASKS: dict[str, Task] = {
     "text-classification": TextClassification(),
@@ -96,13 +95,12 @@ def train(config: TrainConfig, data: Data, choice: Rows | None = None) -> Outcom
     reset_peak()
     ready = _prepare(config, data)
     recipe, model, output, data_id = ready.recipe, ready.model, Path(config.output), data.digest()
-    this_run = run_id(config, data_id)
 
-    with naming_disk_errors(output), opened(config, data_id, this_run) as checkpoint:
+    with naming_disk_errors(output), opened(config, data_id) as (checkpoint, run):
         if processes.is_first():
-            _keep_settings(ready, data_id)
+            _keep_start(ready)
         clock = clock_callback(checkpoint)
-        checkpoints = checkpoint_callback(this_run, recipe.method.can_resume)
+        checkpoints = checkpoint_callback(run, recipe.method.can_resume)
         trainer = _trainer(ready, clock, checkpoints)
         recipe.begin(model, ready.batches, resumed=checkpoint is not None)
         processes.own_dropout(config.seed)
@@ -317,25 +315,20 @@ def _how_to_go_on(ready: _Ready, step: int) -> str:
 # ---- the output folder --------------------------------------------------------------------------
 
 
-def _keep_settings(ready: _Ready, data_id: str) -> None:
-    """Write what a run is before its first step: run.json, config.yaml, and what its method needs later."""
+def _keep_start(ready: _Ready) -> None:
+    """Write what a run is begun with: config.yaml, and what its method needs later."""
     config, output = ready.config, Path(ready.config.output)
-    write_json(output / RUN, {**asdict(config), "data": data_id})
     again = replace(config, overwrite=False)  # it must not replace what it is the config of
-    (output / "config.yaml").write_text(as_yaml(again), encoding="utf-8")
+    write_text(output / "config.yaml", as_yaml(again))
     ready.recipe.keep_start(ready.model, output / "start")
 
 
 def _save_adapter(ready: _Ready) -> Kept:
     """Write `adapter/`, at once or not at all."""
     output = Path(ready.config.output)
-    partial = output / "adapter.partial"
-    remove_folder(partial)
-    kept = ready.recipe.save(ready.model, partial, output / "start")
-    ready.loaded.processor.save_pretrained(partial)
-    flush(partial)
-    remove_folder(output / "adapter")
-    partial.rename(output / "adapter")
+    with replacing(output / "adapter") as folder:
+        kept = ready.recipe.save(ready.model, folder, output / "start")
+        ready.loaded.processor.save_pretrained(folder)
     return kept
 
 
@@ -348,7 +341,7 @@ def _write_report(
         write_json(output / "labels.json", names)
     write_json(output / "report.json", report)
     for leftover in ("checkpoints", "start"):
-        shutil.rmtree(output / leftover, ignore_errors=True)
+        remove_written(output / leftover, RUN[leftover])
 
 
 def _last_tenth(history: list[dict[str, Any]]) -> float:
