@@ -63,6 +63,8 @@ RUN: dict[str, Any] = {
     "checkpoints": {"checkpoint-*": CHECKPOINT, "tmp-checkpoint-*": CHECKPOINT},
 }
 DEMO: dict[str, Any] = {"table.txt": FILE, "lora": RUN, "geolora": RUN, "demo.json": FILE}
+SEAL = "geolora.json"
+"""Says that a checkpoint is whole; written last and removed first."""
 MARKS = ("probes.safetensors", "adapter_config.json", "run.json", "demo.json")
 """Written last and removed last, in this order: while one is there, the folder is known for what it is."""
 
@@ -303,7 +305,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _place_in_order(path: Path) -> int:
-    return MARKS.index(path.name) if path.name in MARKS else -1
+    return MARKS.index(path.name) if path.name in MARKS else -1 - (path.name == SEAL)
 
 
 def _all_files(folder: Path) -> list[Path]:

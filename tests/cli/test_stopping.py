@@ -246,8 +246,13 @@ def test_a_stop_in_the_last_step_or_after_it_loses_nothing(
 
         patch.setattr(Recipe, "save", interrupted)
         assert run("out", *WITHOUT)[0] == 130
+    with monkeypatch.context() as patch:
+        patch.setattr("geolora.report.pages.write_run", interrupted)
+        assert run("out", *WITHOUT)[0] == 130
+    assert (tmp_path / "out" / "report.json").exists()
     assert run("out", *WITHOUT)[0] == 0
     assert steps == [0]
+    assert (tmp_path / "out" / "report.html").exists()
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["seconds_per_step"] > 0
 

@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import types
 import typing
-from pathlib import Path
 
 from geolora.cli.plot import draw_run
 from geolora.settings.train_config import HEADINGS, TrainConfig
@@ -66,7 +65,6 @@ def run(arguments: argparse.Namespace) -> None:
     from geolora import processes
     from geolora.settings.strict_yaml import as_yaml, read_yaml, settings_of
     from geolora.training import run as training
-    from geolora.training.output_folder import naming_disk_errors
 
     path, names = arguments.config, [spec.name for spec in dataclasses.fields(TrainConfig)]
     given = {name: value for name, value in vars(arguments).items() if name in names}
@@ -75,12 +73,9 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.print_config:
         print(as_yaml(config), end="")
         return
-    report = training.run(config)
-    if not processes.is_first():
-        return
-    with naming_disk_errors(config.output):
-        draw_run(Path(config.output), report)
-    print(summary(report, config.output, config.budget))
+    report = training.run(config, then=draw_run)
+    if processes.is_first():
+        print(summary(report, config.output, config.budget))
 
 
 def summary(report: dict, output: str, budget: int | None = None) -> str:

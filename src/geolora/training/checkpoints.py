@@ -13,10 +13,17 @@ from typing import Any
 
 from geolora import processes
 from geolora.errors import CheckpointWarning, OutputError
-from geolora.files import CHECKPOINT, flush, is_empty, read_json, remove_written, write_json
+from geolora.files import (
+    CHECKPOINT,
+    SEAL,
+    flush,
+    is_empty,
+    read_json,
+    remove_written,
+    write_json,
+)
 from geolora.training.identity import digest
 
-SEAL = "geolora.json"
 FOREIGN = "belongs to another run"
 
 
@@ -96,6 +103,11 @@ def latest(folder: Path, run: str) -> Path | None:
             "--overwrite to lose them."
         )
     return None
+
+
+def any_sealed(folder: Path) -> bool:
+    """Whether there is a whole checkpoint, as between the first save of a run and its very end."""
+    return any((path / SEAL).exists() for path in _steps(folder).values())
 
 
 def step_of(checkpoint: Path | None) -> int:

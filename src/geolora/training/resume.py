@@ -10,11 +10,11 @@ from geolora import processes
 from geolora.errors import DataError, ModelError, OutputError
 from geolora.files import RUN, alone, holds, read_json, remove_written, write_json
 from geolora.settings.train_config import DEFAULTS, TrainConfig
-from geolora.training.checkpoints import latest
+from geolora.training.checkpoints import any_sealed, latest
 from geolora.training.identity import base_id, base_id_of_0_1, run_id
 
 MARK = "run.json"
-"""Settings and data of the run of a folder; with report.json beside it, the run has ended."""
+"""Settings and data of the run of a folder; with report.json and no checkpoint beside it, the run has ended."""
 NOT_SETTINGS = ("overwrite", "data", "base", "run")
 """Entries of it that are no settings, or make no difference."""
 
@@ -100,7 +100,7 @@ def _found(config: TrainConfig, data_id: str, base: str) -> Opened | None:
 def _stopped(config: TrainConfig) -> dict[str, Any] | None:
     """Settings of the run that was stopped in the output folder, whatever they are."""
     output = Path(config.output)
-    if (output / "report.json").exists():
+    if (output / "report.json").exists() and not any_sealed(output / "checkpoints"):
         return None
     return read_json(output / MARK) if holds(output, "run") else None
 

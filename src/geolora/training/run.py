@@ -4,6 +4,7 @@ import math
 import shlex
 import statistics
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +40,7 @@ TASKS: dict[str, Task] = {
     "image-classification": ImageClassification(),
     "causal-lm": CausalLM(),
 }
+Then = Callable[[Path, dict[str, Any]], Any]
 WARMUP = 0.06
 """Share of the steps in which the step size rises to its full length."""
 
@@ -68,21 +70,28 @@ def load(config: TrainConfig) -> Data:
     return TASKS[config.task].read(config)
 
 
-def run(config: TrainConfig) -> dict[str, Any]:
+def run(config: TrainConfig, then: Then | None = None) -> dict[str, Any]:
     """Train as configured: check, read, load, train, evaluate, export, report.
+
+    Args:
+        then: what else belongs to the run, as in `train`.
 
     Returns:
         The report that also stands in `<output>/report.json`.
     """
     check(config)
-    return train(config, load(config)).report
+    return train(config, load(config), then=then).report
 
 
-def train(config: TrainConfig, data: Data, choice: Rows | None = None) -> Outcome:
+def train(
+    config: TrainConfig, data: Data, choice: Rows | None = None, then: Then | None = None
+) -> Outcome:
     """Train on data already read, or go on with the run that the output folder holds; see `run`.
 
     Args:
         choice: further rows to predict, for choosing a learning rate.
+        then: takes the output folder and the report when all else is written, in the first process. The
+            run can be gone on with until it has returned.
 
     Raises:
         Stopped: it was asked to stop, and has saved a checkpoint.
@@ -137,6 +146,10 @@ def train(config: TrainConfig, data: Data, choice: Rows | None = None) -> Outcom
                 "command": shlex.join(["geolora", *sys.argv[1:]]),
             }
             _write_report(output, report, history, data.names)
+            if then is not None:
+                then(output, report)
+            for leftover in ("checkpoints", "start"):
+                remove_written(output / leftover, RUN[leftover])
         processes.wait_for_all()
         report = read_json(output / "report.json")
     return Outcome(report, history, *predicted, choice_score)
@@ -335,13 +348,11 @@ def _save_adapter(ready: _Ready) -> Kept:
 def _write_report(
     output: Path, report: dict[str, Any], history: list[dict[str, Any]], names: list[str]
 ) -> None:
-    """Write the results, report.json last: with it the run has ended, and what it went on from is removed."""
+    """Write the results, report.json last."""
     write_json(output / "history.json", history)
     if names:
         write_json(output / "labels.json", names)
     write_json(output / "report.json", report)
-    for leftover in ("checkpoints", "start"):
-        remove_written(output / leftover, RUN[leftover])
 
 
 def _last_tenth(history: list[dict[str, Any]]) -> float:
