@@ -314,10 +314,16 @@ def test_what_accelerate_shards_trains_goes_on_and_is_exported(tmp_path: Path) -
 
 @pytest.mark.slow
 def test_train_in_two_processes_is_that_in_one_and_goes_on_exactly(tmp_path: Path) -> None:
-    tiny_bert(tmp_path / "model")
-    config = json.loads((tmp_path / "model" / "config.json").read_text())
-    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    from transformers import AutoTokenizer, BigBirdConfig, BigBirdModel
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert(tmp_path / "model"))
+    config = BigBirdConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=48, max_position_embeddings=64, sep_token_id=tokenizer.sep_token_id,
+        attention_type="original_full", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        classifier_dropout=0.0,
+    )  # fmt: skip
+    BigBirdModel(config).save_pretrained(tmp_path / "model")
     for name, rows in (("train", reviews(120)), ("dev", reviews(41, seed=1))):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
 
@@ -345,6 +351,10 @@ def test_train_in_two_processes_is_that_in_one_and_goes_on_exactly(tmp_path: Pat
 
     assert ended(started("two", 2)).count("written:") == 1
     ended(started("one", 1, "--gradient-accumulation", "2"))
+    ranks = read("two", "report.json")["ranks"]
+    assert {layer for layer, rank in ranks.items() if not rank} == {"bert.pooler"}, (
+        "nobody reads it"
+    )
     histories = [read(name, "history.json")[:5] for name in ("two", "one")]
     for left, right in zip(*histories, strict=True):
         assert left["loss"] == pytest.approx(right["loss"], rel=1e-3)

@@ -26,6 +26,7 @@ from geolora.errors import (
     StateError,
 )
 from geolora.pairs.find import find_pairs
+from geolora.starts.gradient_pass import without_gradient
 from models import D_IN, lora_net, products, same, snapshot, tiny_bert, train
 from tolerances import bound, difference
 
@@ -474,6 +475,16 @@ def test_a_layer_the_loss_does_not_depend_on_keeps_its_start() -> None:
 
     def loss_fn(model: nn.Module, x: Tensor) -> Tensor:
         return (model(x) - 1).square().mean()
+
+    model.forward = lambda x: {"loss": loss_fn(model.base_model, x)}
+    names = without_gradient(model, {"x": torch.randn(9, 4)})
+    assert [name.split(".")[-4:-2] for name in names] == [
+        ["unused", "lora_A"],
+        ["unused", "lora_B"],
+    ]
+    assert same(before, snapshot(model))
+    assert all(p.grad is None for p in model.parameters())
+    del model.forward
 
     start = geolora.initialize_lora_one(model, [torch.randn(9, 4)], loss_fn)
     assert start.untouched == ["unused"]

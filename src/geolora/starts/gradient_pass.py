@@ -126,6 +126,17 @@ def mean_loss(model: nn.Module, batches: Iterable[Any], loss_fn: Loss | None = N
     return float(processes.sum_over_group(total) / count)
 
 
+def without_gradient(model: nn.Module, batch: Any) -> list[str]:
+    """Names of the trainable parameters that the loss of a batch does not depend on; changes nothing."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    with _undisturbed(model):
+        for _, parameter in named:
+            parameter.requires_grad_(True)
+        (loss,) = _losses(model, [batch], None)
+        grads = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
+    return [name for (name, _), grad in zip(named, grads, strict=True) if grad is None]
+
+
 def _pass(
     sketches: list[GradientSketch],
     model: nn.Module,

@@ -16,6 +16,7 @@ from geolora.errors import DivergedError, SettingError
 from geolora.files import RUN, read_json, remove_written, replacing, write_json, write_text
 from geolora.settings.strict_yaml import as_yaml
 from geolora.settings.train_config import METRICS_OF, TrainConfig
+from geolora.starts.gradient_pass import without_gradient
 from geolora.tasks.causal_lm import CausalLM
 from geolora.tasks.image_classification import ImageClassification
 from geolora.tasks.metrics import score
@@ -111,6 +112,7 @@ def train(
         clock = clock_callback(checkpoint)
         checkpoints = checkpoint_callback(run, recipe.method.can_resume)
         trainer = _trainer(ready, clock, checkpoints)
+        _expect_unused(ready, trainer)
         recipe.begin(model, ready.batches, resumed=checkpoint is not None)
         processes.own_dropout(config.seed)
         _fit(ready, trainer, checkpoints, checkpoint)
@@ -263,7 +265,7 @@ def _arguments(ready: _Ready) -> dict[str, Any]:
         "save_steps": config.save_every or steps,
         "seed": config.seed,
         "report_to": config.report_to.split(","),
-        "ddp_find_unused_parameters": False,
+        "ddp_find_unused_parameters": False,  # but see `_expect_unused`
         "use_cpu": processes.on_cpu(),
         "dataloader_pin_memory": torch.cuda.is_available(),
         "disable_tqdm": True,
@@ -282,6 +284,21 @@ def _only_our_bar(trainer: Any) -> None:
     from transformers import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
+
+
+def _expect_unused(ready: _Ready, trainer: Any) -> None:
+    """Have DDP look in every step for parameters without a gradient, where the model has some.
+
+    That is a pooler nobody reads, say, or layers that are dropped at random. Elsewhere looking would only
+    cost time, and torch warns of it.
+    """
+    if not processes.grouped():
+        return
+    settings = ready.model.config.to_dict()
+    drops = any("layerdrop" in key and value for key, value in settings.items())
+    (batch,) = ready.batches(ready.config.batch_size // microbatches(ready.config), 1)
+    unused = drops or bool(without_gradient(ready.model, batch))
+    trainer.accelerator.ddp_handler.find_unused_parameters = processes.true_on_any(unused)
 
 
 # ---- the training -------------------------------------------------------------------------------
