@@ -7,13 +7,16 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test lint docs format clean
+.PHONY: demo test guards lint docs format clean
 
 demo: $(VENV)/.demo
 	HF_HUB_OFFLINE=1 $(BIN)/geolora demo --output demo-output --overwrite
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2
+
+guards: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 -m guard
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -131,7 +131,7 @@ def test_accelerate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert geolora.verify(tmp_path / "adapter", program.base_model())
 
 
-@pytest.mark.slow
+@pytest.mark.guard
 def test_accelerate_in_two_processes() -> None:
     program = str(ROOT / "examples" / "train_with_accelerate.py")
     done = subprocess.run(

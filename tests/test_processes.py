@@ -227,7 +227,13 @@ def in_two(code: str, how: str, folder: Path) -> list[Any]:
     return [torch.load(file) for file in files]
 
 
-@pytest.mark.parametrize("moments", SETTINGS)
+@pytest.mark.parametrize(
+    "moments",
+    [
+        pytest.param(moments, marks=pytest.mark.guard) if moments == "adaptive" else moments
+        for moments in SETTINGS
+    ],
+)
 @pytest.mark.parametrize("how", ["ddp", "fsdp2"])
 def test_two_processes_train_what_one_trains_on_all_rows(
     how: str, moments: str, tmp_path: Path
@@ -281,7 +287,7 @@ def test_every_optimizer_over_sharded_factors_is_that_of_one_process(tmp_path: P
             assert gap < 1e-8 * torch.linalg.matrix_norm(W), (key, name)
 
 
-@pytest.mark.slow
+@pytest.mark.guard
 def test_what_accelerate_shards_trains_goes_on_and_is_exported(tmp_path: Path) -> None:
     settings, bound = SETTINGS["adaptive"]
     path = [str(Path(__file__).parent)]
@@ -312,7 +318,7 @@ def test_what_accelerate_shards_trains_goes_on_and_is_exported(tmp_path: Path) -
     assert cut == left == geolora.prune(theirs, tail=0.0, budget=80) != optimizer.settled_ranks()
 
 
-@pytest.mark.slow
+@pytest.mark.guard
 def test_train_in_two_processes_is_that_in_one_and_goes_on_exactly(tmp_path: Path) -> None:
     from transformers import AutoTokenizer, BigBirdConfig, BigBirdModel
 

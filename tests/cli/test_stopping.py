@@ -391,7 +391,7 @@ sys.exit(main(sys.argv[3:]))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.guard
 @pytest.mark.parametrize("number, delay", [(18, 0.0), (20, 0.005)])
 def test_a_killed_run_goes_on_exactly(
     run: Run, files: Path, tmp_path: Path, number: int, delay: float

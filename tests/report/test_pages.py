@@ -234,7 +234,7 @@ def test_what_is_wrong_with_a_run_is_named(tmp_path: Path) -> None:
 
 
 @needs_figures
-@pytest.mark.slow
+@pytest.mark.guard
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium here")
 @pytest.mark.parametrize("kind", ["comparison", "run"])
 def test_in_a_browser(tmp_path: Path, kind: str) -> None:
