@@ -150,9 +150,7 @@ def holds(folder: Path, kind: str) -> bool:
 
 def is_empty(folder: Path) -> bool:
     """Whether there is nothing in a folder but what an interrupted start of ours leaves."""
-    return folder.is_dir() and all(
-        path.name == LOCK or path.name.endswith(PARTIAL) for path in folder.iterdir()
-    )
+    return folder.is_dir() and all(path.name.endswith((LOCK, PARTIAL)) for path in folder.iterdir())
 
 
 def remove_written(folder: Path, layout: dict[str, Any]) -> None:
@@ -224,13 +222,18 @@ def replacing(folder: Path) -> Iterator[Path]:
     """
     folder = folder.resolve()
     restore(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new = folder.with_name(f".{folder.name}{PARTIAL}")
-    with alone(folder.parent, f".{folder.name}{LOCK}"):
+    beside = folder.parent
+    if folder.is_dir() and not _has_adapter(
+        folder
+    ):  # it may be mounted, or in a folder of somebody else
+        beside = folder
+    beside.mkdir(parents=True, exist_ok=True)
+    new = beside / f".{folder.name}{PARTIAL}"
+    with alone(beside, f".{folder.name}{LOCK}"):
         _remove_ours(new)
+        _refuse_if_in_use(folder)
         new.mkdir()
         try:
-            _refuse_if_in_use(folder)
             yield new
             flush(new)
             _put(new, folder)

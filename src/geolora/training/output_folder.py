@@ -30,7 +30,7 @@ def check_output(
 
     Raises:
         OutputError: it has no usable name, exists and may not be replaced, was not written by geolora,
-            holds an input, or its parent cannot be written.
+            holds an input, or cannot be written.
     """
     _check_name(str(output))
     output = Path(output)
@@ -51,11 +51,11 @@ def check_output(
             f"`--output`: {output} is no {kind} that was written by geolora, so it is left alone. "
             "Choose another folder."
         )
-    parent = next(folder for folder in (output.absolute()).parents if folder.exists())
+    place = output.absolute()
+    parent = next(folder for folder in (place, *place.parents) if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise OutputError(
-            f"`--output`: {output} cannot be made in {parent}. Choose another folder."
-        )
+        what = "cannot be written" if parent == place else f"cannot be made in {parent}"
+        raise OutputError(f"`--output`: {output} {what}. Choose another folder.")
 
 
 def _check_name(output: str) -> None:
