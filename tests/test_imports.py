@@ -18,7 +18,8 @@ CALLS_PEFT = {"optim.lora_plus", "training.recipes", "training.peft_recipes"}
 
 TABLE = """
     adapters.base_model              : errors adapters.names adapters.read
-    adapters.export                  : errors files pairs adapters.names
+    adapters.card                    : errors adapters.names
+    adapters.export                  : errors files pairs adapters.card adapters.names
     adapters.inspect                 : errors kernels pairs adapters.read
     adapters.names                   :
     adapters.prune                   : errors kernels pairs

@@ -35,8 +35,7 @@ class GeoloraError(Exception):
 
     def __str__(self) -> str:
         """The message on one line, whatever was put into it: control characters are shown escaped."""
-        text = super().__str__()
-        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+        return escaped(super().__str__())
 
 
 class PairingError(GeoloraError, ValueError):
@@ -109,6 +108,18 @@ class DataWarning(GeoloraWarning):
 
 class CheckpointWarning(GeoloraWarning):
     """A checkpoint was refused, or one is saved because the run was asked to stop."""
+
+
+def escaped(text: str, also: str = "") -> str:
+    """Text on one line that moves no cursor and colours nothing: what does not print is shown as `\\x1b` or `\\n`.
+
+    Args:
+        also: characters that are shown so too.
+    """
+    return "".join(
+        ascii(c)[1:-1] if not c.isprintable() else f"\\x{ord(c):02x}" if c in also else c
+        for c in text
+    )
 
 
 def at_most_three(names: list[str]) -> str:

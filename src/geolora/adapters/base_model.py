@@ -11,8 +11,8 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
-from geolora.adapters.names import CONFIG
-from geolora.adapters.read import HUB_NAME, SavedAdapter, read_adapter, read_object
+from geolora.adapters.names import CONFIG, HUB_NAME
+from geolora.adapters.read import SavedAdapter, read_adapter, read_object
 from geolora.errors import AdapterError, first_line, shown
 
 FAILURES = (

@@ -9,13 +9,13 @@ import re
 import warnings
 import zlib
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from geolora.adapters.card import model_card
 from geolora.adapters.names import LOSSES, PROBES, WEIGHTS
 from geolora.errors import AdapterError, GeoloraWarning, SettingError, at_most_three
 from geolora.files import replacing, write_json, write_text
@@ -174,7 +174,16 @@ def write(
             save_file(probes, folder / PROBES)
             kept = (1 - done.error**2) * (1 - lost_before**2)
             write_json(folder / LOSSES, {"error": (1 - kept) ** 0.5})
-            write_text(folder / "README.md", _model_card(done, config))
+            readers = "peft and LoRA servers" if done.server_shaped else "peft and what is built on it"
+            card = model_card(
+                config.base_model_name_or_path,
+                f"in the {layout} layout, for {readers}",
+                done.ranks,
+                done.adapter_parameters,
+                done.exported_parameters,
+                done.others,
+            )
+            write_text(folder / "README.md", card)
             config.save_pretrained(folder)
     return done
 
@@ -329,38 +338,3 @@ def _target_modules(model: Any, names: set[str]) -> list[str]:
         if name.rpartition(".")[2] in leaves and name not in names and not inside:
             return sorted(names)
     return sorted(leaves)
-
-
-def _model_card(done: Export, config: Any) -> str:
-    base = config.base_model_name_or_path or "unknown"
-    title = Path(base).name if Path(base).is_dir() else base
-    readers = "peft and LoRA servers" if done.server_shaped else "peft and what is built on it"
-    table = "\n".join(f"| `{name}` | {rank} |" for name, rank in done.ranks.items())
-    return f"""---
-base_model: {base}
-library_name: peft
-tags:
-- lora
-- geolora
----
-
-# LoRA adapter for {title}
-
-Written by geolora {metadata.version("geolora")} in the {done.layout} layout, for {readers}.
-
-- directions in use: {sum(done.ranks.values())} in {len(done.ranks)} layers, {done.adapter_parameters:,} parameters
-- numbers in the file: {done.exported_parameters:,}
-- beside the pairs: {", ".join(f"`{key}`" for key in done.others) or "nothing"}
-
-```python
-from peft import PeftModel
-
-model = PeftModel.from_pretrained(base_model, "this folder")
-```
-
-`geolora verify` checks that it computes what was trained; `geolora inspect` shows its spectra.
-
-| layer | rank |
-|---|---|
-{table}
-"""

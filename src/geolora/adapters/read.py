@@ -26,13 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geolora.adapters.names import CONFIG, LOSSES, PROBES, WEIGHTS
+from geolora.adapters.names import CONFIG, HUB_NAME, LOSSES, PROBES, WEIGHTS
 from geolora.errors import AdapterError, GeoloraWarning, at_most_three, first_line, shown
 from geolora.files import read_json
 from geolora.pairs.find import PREFIX
-
-HUB_NAME = re.compile(r"(?!.*\.\.)\w[\w.-]{0,95}(/\w[\w.-]{0,95})?", re.ASCII)
-"""What the name of a model or adapter on the Hub looks like."""
 
 NOT_PAIRS = {
     "use_dora": "DoRA rescales W0 + s B A with trained magnitudes",
