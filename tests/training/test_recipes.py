@@ -99,6 +99,9 @@ def test_stock_peft_predicts_what_was_scored(
         f"{method} learnt nothing at any step size tried: give it one in LRS"
     )
     assert outcome.report["method"] == method
+    card = (folder / "README.md").read_text()
+    assert str(model.parent) not in card, "a folder of this machine is nobody else's"
+    assert "# LoRA adapter for a local model, `model`" in card
 
 
 @pytest.mark.parametrize("method", ["lora", "geolora"])

@@ -14,8 +14,7 @@ LONGEST = 200
 
 def model_card(
     base: object,
-    layout: str,
-    readers: str,
+    form: str,
     ranks: dict[str, int],
     adapter_parameters: int,
     exported_parameters: int,
@@ -28,14 +27,14 @@ def model_card(
 
     Args:
         base: what `base_model_name_or_path` says, whatever that is.
-        layout, readers: in which form it is written, and what reads that.
+        form: how it is written, and for what.
         ranks: {layer: rank}.
         adapter_parameters, exported_parameters: numbers in use, and in the file.
         others: tensors beside the pairs.
-        probes: whether those for `geolora verify` lie beside it.
+        probes: whether those for `geolora verify` lie beside it: it is pairs and nothing else.
     """
     published = base if isinstance(base, str) and is_on_hub(base) else None
-    check = "`geolora verify` checks that it computes what was trained; " if probes else ""
+    check = "`geolora verify` checks that it computes what was trained; `geolora inspect` shows its spectra."
     lines = [
         "---",
         *([f'base_model: "{published}"'] if published else []),
@@ -47,7 +46,7 @@ def model_card(
         "",
         f"# LoRA adapter for {code(published) if published else _local(base)}",
         "",
-        f"Written by geolora {metadata.version('geolora')} {layout}, for {readers}.",
+        f"Written by geolora {metadata.version('geolora')} {form}.",
         "",
         f"- directions in use: {sum(ranks.values())} in {len(ranks)} layers, {adapter_parameters:,} parameters",
         f"- numbers in the file: {exported_parameters:,}",
@@ -59,8 +58,7 @@ def model_card(
         'model = PeftModel.from_pretrained(base_model, "this folder")',
         "```",
         "",
-        f"{check}`geolora inspect` shows its spectra.",
-        "",
+        *([check, ""] if probes else []),
         "| layer | rank |",
         "|---|---|",
         *(f"| {code(name)} | {rank} |" for name, rank in ranks.items()),

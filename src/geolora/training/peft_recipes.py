@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from geolora.adapters.card import model_card
 from geolora.adapters.truncate import truncate
 from geolora.errors import SettingError
 from geolora.pairs.find import lora_layers
@@ -99,7 +100,13 @@ class SavedByPEFT(Recipe):
                 "ignore"
             )  # the base model's config is not looked up: nothing is new
             self.write(model, folder, start)
-        return Kept(ranks, used, _lora_numbers(folder))
+        numbers = _lora_numbers(folder)
+        config = model.peft_config["default"]
+        form = f"as peft saves {self.method.title}, for peft and what is built on it"
+        base, others = config.base_model_name_or_path, sorted(config.modules_to_save or ())
+        card = model_card(base, form, ranks, used, numbers, others, probes=False)
+        (folder / "README.md").write_text(card, encoding="utf-8")  # peft's names the base's folder
+        return Kept(ranks, used, numbers)
 
     def rank_of(self, model: Any, layer: str) -> int:  # noqa: ARG002
         """Directions of a layer in use."""
