@@ -26,15 +26,16 @@ TABLE = """
     adapters.read                    : errors files pairs adapters.names
     adapters.truncate                : pairs
     adapters.verify                  : errors pairs adapters.base_model adapters.read
-    cli.__main__                     : errors cli.compare cli.demo cli.export cli.inspect cli.plot cli.train cli.verify settings
-    cli.compare                      : comparing files report training cli.plot
-    cli.demo                         : adapters errors files report settings tasks training cli.demo_texts
+    cli.__main__                     : errors cli.compare cli.demo cli.export cli.inspect cli.plot cli.train cli.terminal cli.verify settings
+    cli.compare                      : comparing files report training cli.plot cli.terminal
+    cli.demo                         : adapters errors files report settings tasks training cli.demo_texts cli.terminal
     cli.demo_texts                   : errors
-    cli.export                       : adapters training
-    cli.inspect                      : adapters errors report
-    cli.plot                         : errors files report tasks training
-    cli.train                        : processes settings training cli.plot
-    cli.verify                       : adapters
+    cli.export                       : adapters training cli.terminal
+    cli.inspect                      : adapters errors report cli.terminal
+    cli.plot                         : errors files report tasks training cli.terminal
+    cli.train                        : processes settings training cli.plot cli.terminal
+    cli.terminal                     : errors
+    cli.verify                       : adapters cli.terminal
     comparing.bootstrap              : tasks
     comparing.plan                   : errors settings
     comparing.run                    : errors files processes settings tasks training comparing.plan comparing.summary
@@ -68,14 +69,14 @@ TABLE = """
     pairs.sharded                    :
     processes                        :
     report.clean                     :
-    report.comparison                : files report.figures report.inline report.layout report.panels report.text report.view
+    report.comparison                : errors files report.figures report.inline report.layout report.panels report.text report.view
     report.figures                   : files report.layout report.panels
     report.inline                    : report.clean
     report.layout                    :
     report.pages                     : files report.clean report.figures report.inline report.panels report.view
     report.panels                    : report.layout report.view
     report.shape                     :
-    report.text                      : report.layout report.view
+    report.text                      : errors report.layout report.view
     report.view                      : report.clean
     settings.other_tools             : errors
     settings.strict_yaml             : errors settings.other_tools

@@ -93,6 +93,10 @@ class VerificationError(AdapterError):
 class GeoloraWarning(UserWarning):
     """Base of every warning geolora gives."""
 
+    def __str__(self) -> str:
+        """The message on one line, as an error's."""
+        return escaped(super().__str__())
+
 
 class SkippedStepWarning(GeoloraWarning):
     """A step was skipped because a gradient was not finite."""

@@ -10,7 +10,8 @@ from importlib import metadata
 from typing import NoReturn
 
 from geolora.cli import compare, demo, export, inspect, plot, train, verify
-from geolora.errors import GeoloraError, nearest
+from geolora.cli.terminal import say
+from geolora.errors import GeoloraError, escaped, nearest
 from geolora.settings.other_tools import meant
 
 COMMANDS = {
@@ -40,7 +41,7 @@ class Parser(argparse.ArgumentParser):
         elif found := WITHOUT_VALUE.fullmatch(message):
             message = f"`{found[1]}` must have a value after it"
         message = message if message.endswith("?") else f"{message.rstrip('.')}."
-        self.exit(2, f"geolora: {message} See {self.prog} --help.\n")
+        self.exit(2, f"geolora: {escaped(message)} See {self.prog} --help.\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -114,7 +115,7 @@ def _one_line_warning(message: object, category: type, *_: object, **__: object)
 
 def _say(message: object) -> None:
     """A line on stderr; messages that name geolora themselves, for users of the library, name it once."""
-    print(f"geolora: {str(message).removeprefix('geolora: ')}", file=sys.stderr)
+    say(f"geolora: {str(message).removeprefix('geolora: ')}", to=sys.stderr)
 
 
 if __name__ == "__main__":

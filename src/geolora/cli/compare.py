@@ -3,6 +3,7 @@
 import argparse
 
 from geolora.cli.plot import draw_comparison
+from geolora.cli.terminal import say
 
 EXAMPLES = """examples:
   geolora compare comparison.yaml
@@ -36,13 +37,13 @@ def run(arguments: argparse.Namespace) -> None:
     from geolora.training.output_folder import naming_disk_errors
 
     plan = read_plan(arguments.config)
-    summary = run_all(plan, lambda line: print(line, flush=True))
+    summary = run_all(plan, say)
     text = table(summary)
     with naming_disk_errors(plan.output):
         write_text(plan.output / "table.txt", text + "\n")
         drawn = draw_comparison(plan.output)
-    print(f"\n{text}\n")
-    print(
+    say("", *text.split("\n"), "")
+    say(
         f"written: {plan.output}/comparison.json, table.txt, report.html"
         + "".join(f", {path.name}" for path in drawn)
     )

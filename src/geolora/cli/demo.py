@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from geolora.cli.terminal import say
 from geolora.errors import ModelError, SettingError
 from geolora.files import DEMO, remove_written, write_json, write_text
 from geolora.training.output_folder import check_output, naming_disk_errors
@@ -69,13 +70,13 @@ def compare(model: Path, output: Path, arguments: argparse.Namespace) -> None:
     say(f"Themes: {', '.join(data.names)}.")
     example = held_out[0]
     say(f"For example ({example['label']}): {example['text'][:100]}")
-    say("\nThe floor, with the model left as it is:")
+    say("", "The floor, with the model left as it is:")
     majority, logistic = frozen_floor(model, data)
     say(f"  most frequent class {majority:.1%}, logistic regression on its features {logistic:.1%}")
 
     reports = {}
     for name, settings in RUNS.items():
-        say(f"\nFine-tuning with {name}, {arguments.steps} steps:")
+        say("", f"Fine-tuning with {name}, {arguments.steps} steps:")
         config = TrainConfig(
             model=str(model),
             max_steps=arguments.steps,
@@ -178,19 +179,17 @@ def finish(
     write_text(output / "table.txt", table + "\n")
     figure = rank_map(output / "geolora")
     ranks = reports["geolora"]["ranks"].values()
-    say(f"\n{table}")
+    say("", *lines, "")
     say(
-        f"\nGeoLoRA was given up to 16 directions in each of {len(ranks)} layers and found that "
-        f"{min(ranks)} to {max(ranks)} are needed.\n"
+        f"GeoLoRA was given up to 16 directions in each of {len(ranks)} layers and found that "
+        f"{min(ranks)} to {max(ranks)} are needed.",
         "An adapter file holds every layer at the largest rank, the form LoRA servers expect; "
-        "`geolora export --layout compact` writes each layer's own."
+        "`geolora export --layout compact` writes each layer's own.",
     )
-    say(f"\nadapter   {output / 'geolora' / 'adapter'}   (peft.PeftModel.from_pretrained loads it)")
+    say(
+        "",
+        f"adapter   {output / 'geolora' / 'adapter'}   (peft.PeftModel.from_pretrained loads it)",
+    )
     say(f"report    {output / 'geolora' / 'report.json'}")
     say(f"rank map  {figure}")
     say(f"next      geolora inspect {output / 'geolora' / 'adapter'}")
-
-
-def say(text: str) -> None:
-    """Print at once, also where the output is a pipe."""
-    print(text, flush=True)

@@ -2,6 +2,8 @@
 
 import argparse
 
+from geolora.cli.terminal import say
+
 EXAMPLES = """examples:
   geolora export out/adapter served --rank 16        uniform rank 16, for any LoRA server
   geolora export out/adapter small --layout compact  each layer its own rank, for peft
@@ -47,10 +49,10 @@ def run(arguments: argparse.Namespace) -> None:
             lost_before=read_loss(saved.folder) or 0.0,
         )  # fmt: skip
     used = max(done.ranks.values())
-    print(
+    say(
         f"{done.layout}, largest rank {used}, {done.exported_parameters:,} numbers for "
         f"{done.adapter_parameters:,} parameters in use; relative error {done.error:.2e}"
     )
     if done.others:
-        print(f"also kept: {', '.join(done.others)} (LoRA servers take pairs only)")
-    print(f"written: {output}")
+        say(f"also kept: {', '.join(done.others)} (LoRA servers take pairs only)")
+    say(f"written: {output}")

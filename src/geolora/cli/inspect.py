@@ -6,6 +6,8 @@ import math
 import sys
 from pathlib import Path
 
+from geolora.cli.terminal import say
+
 EXAMPLES = """examples:
   geolora inspect out/adapter
   geolora inspect some-lora --tail 0.2 --figures figures
@@ -43,20 +45,21 @@ def run(arguments: argparse.Namespace) -> None:
         Path(arguments.figures).mkdir(parents=True, exist_ok=True)
         paths = figures.adapter_figures(rows, Path(arguments.figures), f"rank needed at {limit}")
     if arguments.json:
-        print(json.dumps(rows, indent=2))
+        say(*json.dumps(rows, indent=2).splitlines())
         return
-    print(text.rank_map({row["layer"]: row["rank"] for row in rows}, "rank now"))
+    now = text.rank_map({row["layer"]: row["rank"] for row in rows}, "rank now")
     needed = {row["layer"]: row["settled_rank"] for row in rows}
-    print(text.rank_map(needed, f"\nrank needed at {limit}"))
-    print("\n" + text.layer_rows(rows, "needed", _can_show(text.BLOCKS)))
+    then = text.rank_map(needed, f"rank needed at {limit}")
+    layers = text.layer_rows(rows, "needed", _can_show(text.BLOCKS))
+    say(*"\n\n".join((now, then, layers)).split("\n"))
     cost = {row["layer"]: row["d_out"] + row["d_in"] for row in rows}
-    print(
+    say(
         f"{len(rows)} layer{'s' * (len(rows) > 1)}, {sum(row['rank'] * cost[row['layer']] for row in rows):,} parameters "
         f"in use, {sum(rank * cost[layer] for layer, rank in needed.items()):,} needed at {limit}; "
         f"||W|| = {math.hypot(*(value for row in rows for value in row['sigma'])):.4g}"
     )
     if paths:
-        print(f"drawn: {', '.join(map(str, paths))}")
+        say(f"drawn: {', '.join(map(str, paths))}")
 
 
 def _check_figures(folder: Path, overwrite: bool) -> None:

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from geolora.cli.terminal import say
 from geolora.errors import DataError
 from geolora.files import read_json
 
@@ -34,9 +35,9 @@ def run(arguments: argparse.Namespace) -> None:
     for folder, report in reports:
         with naming_disk_errors(folder):
             drawn = draw_comparison(folder) if report is None else draw_run(folder, report)
-        print(f"written: {', '.join([f'{folder}/report.html', *(path.name for path in drawn)])}")
+        say(f"written: {', '.join([f'{folder}/report.html', *(path.name for path in drawn)])}")
     if not can_draw():
-        print("without figures: they need matplotlib; run: pip install 'geolora[plots]'")
+        say("without figures: they need matplotlib; run: pip install 'geolora[plots]'")
 
 
 def draw_run(folder: Path, report: dict[str, Any]) -> list[Path]:

@@ -6,6 +6,7 @@ import types
 import typing
 
 from geolora.cli.plot import draw_run
+from geolora.cli.terminal import say
 from geolora.settings.train_config import HEADINGS, TrainConfig
 
 EXAMPLES = """examples:
@@ -71,24 +72,24 @@ def run(arguments: argparse.Namespace) -> None:
     of_file = settings_of(read_yaml(path), TrainConfig, path) if path else {}
     config = TrainConfig(**{**of_file, **given})
     if arguments.print_config:
-        print(as_yaml(config), end="")
+        say(*as_yaml(config).splitlines())
         return
     report = training.run(config, then=draw_run)
     if processes.is_first():
-        print(summary(report, config.output, config.budget))
+        say(*summary(report, config.output, config.budget))
 
 
-def summary(report: dict, output: str, budget: int | None = None) -> str:
+def summary(report: dict, output: str, budget: int | None = None) -> list[str]:
     """What a person wants to know when a run ends."""
     limit = f" of a budget of {budget:,}" if budget is not None else ""
     ranks = list(report["ranks"].values())
-    return (
+    return [
         f"{report['metric']} {report['value']:.4f} after {report['steps']} steps "
-        f"({report['seconds_per_step']:.3f} s each)\n"
+        f"({report['seconds_per_step']:.3f} s each)",
         f"adapter: {report['adapter_parameters']:,} parameters{limit} in {len(ranks)} layers, "
-        f"ranks {min(ranks)} to {max(ranks)} (file: {report['exported_parameters']:,})\n"
-        f"written: {output}/adapter, {output}/report.json, {output}/report.html"
-    )
+        f"ranks {min(ranks)} to {max(ranks)} (file: {report['exported_parameters']:,})",
+        f"written: {output}/adapter, {output}/report.json, {output}/report.html",
+    ]
 
 
 def _plain(hint: typing.Any) -> typing.Any:

@@ -2,6 +2,8 @@
 
 import argparse
 
+from geolora.cli.terminal import say
+
 EXAMPLES = """examples:
   geolora verify out/adapter
   geolora verify out/adapter --base ./my-model
@@ -20,6 +22,6 @@ def run(arguments: argparse.Namespace) -> None:
 
     errors = verify(arguments.adapter, arguments.base)
     worst = max(errors, key=lambda name: errors[name])
-    print(f"{len(errors)} layers are right; largest relative error {errors[worst]:.1e} in {worst}")
+    say(f"{len(errors)} layers are right; largest relative error {errors[worst]:.1e} in {worst}")
     if lost := read_loss(arguments.adapter):
-        print(f"export left out {lost:.1%} of what was trained (relative error of the update)")
+        say(f"export left out {lost:.1%} of what was trained (relative error of the update)")

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from geolora.errors import escaped
 from geolora.files import read_json
 from geolora.report import panels
 from geolora.report.figures import can_draw, save
@@ -20,8 +21,10 @@ def table(summary: dict[str, Any]) -> str:
         [
             *as_text(results_for_a_terminal(summary)),
             "",
-            f"Score: {metrics}; mean and spread (standard deviation) over seeds. Difference to "
-            f"{summary['against']}.",
+            escaped(
+                f"Score: {metrics}; mean and spread (standard deviation) over seeds. Difference to "
+                f"{summary['against']}."
+            ),
             "lr of every method chosen on training rows that were held back, never on the scored ones.",
         ]
     )

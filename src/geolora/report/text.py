@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from geolora.errors import escaped
 from geolora.report.layout import rank_table
 from geolora.report.view import Column, Group, Table
 
@@ -16,7 +17,8 @@ MOST = 32
 
 def as_text(table: Table) -> list[str]:
     """The lines of a table; numbers are aligned to the right. Names of groups are left out."""
-    lines = [[column.title for column in table.columns], *table.rows]
+    titles = [column.title for column in table.columns]
+    lines = [[escaped(cell) for cell in row] for row in (titles, *table.rows)]
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     numbers = [column.style == "number" for column in table.columns]
     return [
@@ -31,6 +33,7 @@ def as_text(table: Table) -> list[str]:
 def rank_map(ranks: dict[str, int], title: str) -> str:
     """A grid of ranks, kinds of module by depth, under a title."""
     kinds, depths, table = rank_table(ranks)
+    kinds = [escaped(kind) for kind in kinds]
     name = max(map(len, kinds))
     cell = 1 + max(len(str(entry)) for entry in (*ranks.values(), *depths))
     room = max(1, (WIDEST - name - 2) // cell)

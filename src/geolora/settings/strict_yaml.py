@@ -52,8 +52,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789."))
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingError(f"{path} cannot be read: {error}.") from error
+    except (OSError, ValueError) as error:
+        raise SettingError(f"{path} cannot be read: {first_line(error)}.") from error
     try:
         value = yaml.load(text, Loader)
     except SettingError:

@@ -1,0 +1,18 @@
+"""The one way to the terminal: lines that no name out of a file can break, colour or forge."""
+
+import sys
+from typing import TextIO
+
+from geolora.errors import escaped
+
+
+def say(*lines: object, to: TextIO | None = None) -> None:
+    """Print each on a line of its own, at once; what does not print, or the terminal cannot show, is shown escaped.
+
+    Args:
+        to: standard output where it is not given.
+    """
+    to = to or sys.stdout
+    encoding = to.encoding or "utf-8"
+    text = "\n".join(escaped(str(line)) for line in lines)
+    print(text.encode(encoding, "backslashreplace").decode(encoding), file=to, flush=True)
