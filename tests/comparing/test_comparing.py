@@ -71,6 +71,7 @@ def test_the_plan_is_the_grid_and_nearer_settings_win(files: Path) -> None:
         ("seeds:", "seed:", "unknown key `seed`. Did you mean `seeds`?"),
         ("seeds: [0, 1]", "seeds: 3", "`seeds` must be a list of whole numbers; got 3"),
         ("seeds: [0, 1]", "seeds: [0, 0]", "must not name a value twice"),
+        ("seeds: [0, 1]", "seeds: [0, -1]", "`seeds` must be 0 or above and below 2.32; got -1"),
         ("seeds: [0, 1]", "seeds: [0, x]", "`seeds` must be a whole number; got the word 'x'"),
         ("output: {output}\n", "", "`output` must be given"),
         ("rank: 6", "rnak: 6", "methods: ours: unknown key `rnak`. Did you mean `rank`?"),
@@ -98,6 +99,36 @@ def test_a_plan_that_cannot_be_is_one_line(files: Path, old: str, new: str, mess
     assert old in PLAN
     with pytest.raises(SettingError, match=message.replace("?", r"\?")):
         read_plan(plan_file(files, PLAN.replace(old, new)))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../../x", "/x", "a/b", "a\\b", "..", ".", "", " ", "a ", " a", "a.", "C:", "a\0b", "a\nb", "\x1b[2J", "nul",
+        "COM1.txt", "a" * 101, "é" * 51, "\u202ex", "a|b", "\ud800",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["  two:", "  ours:"])
+def test_a_name_is_that_of_one_folder(files: Path, kind: str, name: str) -> None:
+    """Of a task and of a method: each run lies in a folder of theirs, and nowhere else."""
+    path = plan_file(files)
+    path.write_text(path.read_text().replace(kind, f"  {json.dumps(name)}:"))
+    with pytest.raises(SettingError, match="must be a name that a folder can have|half of a") as e:
+        read_plan(path)
+    assert str(e.value).isprintable()
+
+
+@pytest.mark.parametrize("one, other", [("  two:", "  One:"), ("  lora:", "  OURS:")])
+def test_names_differ_by_more_than_case(files: Path, one: str, other: str) -> None:
+    with pytest.raises(SettingError, match="would be one folder where a disk does not tell"):
+        read_plan(plan_file(files, PLAN.replace(one, other)))
+
+
+def test_plain_names_are_taken(files: Path) -> None:
+    text = PLAN.replace("  two:", "  Ünïcode (2 of 3), r=8:").replace("  ours:", "  .one:")
+    assert {(cell.task, cell.method) for cell in read_plan(plan_file(files, text)).cells} >= {
+        ("Ünïcode (2 of 3), r=8", ".one")
+    }
 
 
 # ---- running ------------------------------------------------------------------------------------

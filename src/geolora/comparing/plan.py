@@ -1,10 +1,13 @@
 """What `geolora compare` runs: a grid of methods, step sizes, seeds and tasks, read from YAML."""
 
+import re
+import unicodedata
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from geolora.errors import SettingError
+from geolora.errors import SettingError, shown
 from geolora.settings.strict_yaml import (
     mapping,
     of_type,
@@ -22,6 +25,12 @@ OF_TASKS = (
     "packing", "max_new_tokens", "metric",
 )  # fmt: skip
 """Settings that all methods share on a task."""
+NOT_IN_NAMES = frozenset('/\\:*?"<>|')
+"""What no system, or not every one, takes in the name of a folder."""
+LONGEST_NAME = 100
+"""Bytes of a name."""
+RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE | re.ASCII)
+"""Names of devices on Windows."""
 
 
 class Cell(NamedTuple):
@@ -89,6 +98,12 @@ def read_plan(path: str | Path) -> Plan:
     if not isinstance(seeds, list) or not seeds:
         raise SettingError(f"{where}: `seeds` must be a list of whole numbers; got {seeds!r}.")
     seeds = [of_type(seed, int, f"{where}: `seeds`") for seed in seeds]
+    if wrong := [seed for seed in seeds if not 0 <= seed < 2**32]:
+        raise SettingError(
+            f"{where}: `seeds` must be 0 or above and below 2^32; got {shown(wrong[0])}."
+        )
+    for kind, names in (("tasks", tasks), ("methods", methods)):
+        _demand_folder_names(names, f"{where}: {kind}")
     choose_on = of_type(given.get("choose_on", 0.1), float, f"{where}: `choose_on`")
     if not 0 < choose_on < 1:
         raise SettingError(f"{where}: `choose_on` must be between 0 and 1; got {choose_on:g}.")
@@ -112,6 +127,31 @@ def read_plan(path: str | Path) -> Plan:
     if len(set(names)) < len(names):
         raise SettingError(f"{where}: `seeds` and `lr` must not name a value twice.")
     return Plan(output, cells, choose_on, against)
+
+
+def _demand_folder_names(names: Iterable[str], where: str) -> None:
+    """Raise `SettingError` where a name is not that of one folder on every system, or two differ by case alone."""
+    seen: dict[str, str] = {}
+    for name in names:
+        if (
+            name.strip(" ").rstrip(".") != name  # empty, `.` and `..` too
+            or not name
+            or not name.isprintable()
+            or NOT_IN_NAMES & set(name)
+            or len(name.encode()) > LONGEST_NAME
+            or RESERVED.fullmatch(name)
+        ):
+            raise SettingError(
+                f"{where}: {shown(name)} must be a name that a folder can have: up to {LONGEST_NAME} bytes, none of "
+                f"{' '.join(sorted(NOT_IN_NAMES))}, no blank or dot at the end. Rename it."
+            )
+        plain = unicodedata.normalize("NFC", name).casefold()
+        if plain in seen:
+            raise SettingError(
+                f"{where}: {shown(seen[plain])} and {shown(name)} would be one folder where a disk does not tell "
+                "them apart. Rename one."
+            )
+        seen[plain] = name
 
 
 def _of_method(
