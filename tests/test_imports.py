@@ -17,13 +17,14 @@ CALLS_PEFT = {"optim.lora_plus", "training.recipes", "training.peft_recipes"}
 """Beside `pairs` and `adapters`, which know PEFT's layers and files: what calls its methods."""
 
 TABLE = """
-    adapters.base_model              : errors adapters.names adapters.read
+    adapters.base_model              : errors adapters.names adapters.patterns adapters.read
     adapters.card                    : errors adapters.names
     adapters.export                  : errors files pairs adapters.card adapters.names
     adapters.inspect                 : errors kernels pairs adapters.read
     adapters.names                   :
+    adapters.patterns                : errors
     adapters.prune                   : errors kernels pairs
-    adapters.read                    : errors files pairs adapters.names
+    adapters.read                    : errors files pairs adapters.names adapters.patterns
     adapters.truncate                : pairs
     adapters.verify                  : errors pairs adapters.base_model adapters.read
     cli.__main__                     : errors cli.compare cli.demo cli.export cli.inspect cli.plot cli.train cli.terminal cli.verify settings

@@ -126,6 +126,9 @@ def with_one(value: float) -> torch.Tensor:
 PICKLE = b"cos\nmkdir\n(Vopened\ntR."
 """Unpickled, it makes a folder called `opened`."""
 
+SLOW = "(([a-z0-9._])+)+!"
+"""It looks at a name in more ways than there are atoms."""
+
 FOLDERS: dict[str, tuple[Callable, str]] = {
     "without config": (remove(CONFIG), "`path` must be a PEFT adapter folder; {f} has no adapter_config.json."),
     "config is a folder": (in_its_place(CONFIG), "has no adapter_config.json"),
@@ -155,6 +158,15 @@ FOLDERS: dict[str, tuple[Callable, str]] = {
     "pattern a list": (config(rank_pattern=[4]), "`rank_pattern` must be an object of names and values; got [4]."),
     "pattern of words": (config(rank_pattern={"query": "4"}), "`rank_pattern` of 'query' must be an integer above 0; got '4'."),
     "pattern no regex": (config(alpha_pattern={"(": 4}), "`alpha_pattern` must be names or regular expressions; got '('."),
+    "pattern nested": (config(rank_pattern={"(" * 500 + ")" * 500: 4}), "`rank_pattern` must be names or regular expressions; got '((("),
+    "pattern with flags": (config(rank_pattern={"(?i)query": 4}), "`rank_pattern` must be names or regular expressions; got '(?i)query'."),
+    "pattern too long": (config(rank_pattern={"a" * 1001: 4}), "a pattern of `rank_pattern` must have at most 1,000 characters; got 1,001"),
+    "patterns too many": (config(alpha_pattern={f"a{i}": 4 for i in range(200_000)}), "`alpha_pattern` must have at most 512 patterns (512, or one for each layer); got 200,000."),
+    "pattern for ever": (config(rank_pattern={"query": 3, SLOW: 4}), f"`rank_pattern` has a pattern that takes more than 0.5 s to match: '{SLOW}'. Write the names of the layers instead."),
+    "rank larger than the file": (config(r=2**31 - 1, rank_pattern={"": 3, ".*": 3}), "a rank must be at most 48, the longest side in adapter_model.safetensors; got 2147483647."),
+    "layers again": (config(layer_replication=[[0, 10**9]]), "`layer_replication` must be ranges of layers, 1,000 in all at most; got [[0, 1000000000]]."),
+    "layers again, a word": (config(layer_replication=["0"]), "`layer_replication` must be ranges of layers"),
+    "name too long": (put("a" * 1001, torch.ones(1)), "names must be printable, and of 1,000 characters at most; got 'aaa"),
     "alpha pattern": (config(alpha_pattern={"query": -1}), "`alpha_pattern` of 'query' must be a number above 0; got -1."),
     **{
         f"method {name}": (config(peft_type=name), f"`peft_type` must be LORA; got '{name}'. Only LoRA is W0 + s B A.")
@@ -176,7 +188,7 @@ FOLDERS: dict[str, tuple[Callable, str]] = {
     "key of another library": (put("lora_unet_mid.lora_down.weight", torch.ones(3, SIZE)), "'lora_unet_mid.lora_down.weight' is no tensor of a PEFT LoRA file"),
     "key of AdaLoRA": (put(f"{KEY}E", torch.ones(3, 1)), "lora_E' is no tensor of a PEFT LoRA file"),
     "key of DoRA": (put(f"{KEY}magnitude_vector", torch.ones(SIZE)), "lora_magnitude_vector' is no tensor"),
-    "key with controls": (put("head\x1b[2J\n", torch.ones(1)), r"names must be printable; got 'head\x1b[2J\n'."),
+    "key with controls": (put("head\x1b[2J\n", torch.ones(1)), r"names must be printable, and of 1,000 characters at most; got 'head\x1b[2J\n'."),
     "A alone": (drop(f"{KEY}B.weight"), f"'{LAYER}' has lora_A without lora_B."),
     "B alone": (drop(f"{KEY}A.weight"), f"'{LAYER}' has lora_B without lora_A."),
     "shapes": (put(f"{KEY}A.weight", torch.ones(2, SIZE)), f"'{LAYER}' must have A (3, d_in) and B (d_out, 3), the rank in adapter_config.json; got A (2, 32) and B (32, 3)."),
@@ -200,7 +212,16 @@ MODELS: dict[str, tuple[Callable, str]] = {
     "climbs within": (config(base_model_name_or_path="x/..\\../etc"), "which climbs out of the folder"),
     "not on this disk": (config(base_model_name_or_path="nobody/nothing"), "base model `nobody/nothing` cannot be loaded: "),
     "no target": (config(target_modules=["nothing"]), "does not fit BertModel: Target modules {{'nothing'}} not found"),
-    "target no regex": (config(target_modules="("), "does not fit BertModel: "),
+    "target no regex": (config(target_modules="("), "`target_modules` must be names or regular expressions; got '('."),
+    "target that repeats": (config(target_modules="a{99999999999999999999}"), "`target_modules` must be names or regular expressions"),
+    "target too long": (config(target_modules="a" * 100_001), "a pattern of `target_modules` must have at most 100,000 characters; got 100,001: 'aaa"),
+    "targets too many": (config(target_modules=["a"] * 100_001), "`target_modules` must have at most 100,000 entries; got 100,001."),
+    "tokens too many": (config(trainable_token_indices={"x": [1] * 100_001}), "`trainable_token_indices` must have at most 100,000 entries"),
+    "saved too many": (config(modules_to_save=[f"a{i}" for i in range(513)]), "`modules_to_save` must have at most 512 patterns (512, or one for each layer); got 513."),
+    **{
+        f"{name} for ever": (config(**{key: [SLOW] if several else SLOW}), f"`{key}` has a pattern that takes more than 0.5 s to match: '{SLOW}'. Write the names")
+        for name, key, several in (("target", "target_modules", False), ("exclude", "exclude_modules", False), ("save", "modules_to_save", True), ("layers", "layers_pattern", True), ("layer", "layers_pattern", False))
+    },
     "target a number": (config(target_modules=3), "does not fit BertModel: "),
     "task unknown": (config(task_type="COOKING"), "does not fit BertModel: Invalid task type: 'COOKING'"),
     "tensor too many": (put("base_model.model.head.weight", torch.ones(2)), "does not fit BertModel: `base_model.model.head.weight` is only in the adapter."),
@@ -237,6 +258,7 @@ def test_one_clear_line(
     commands: tuple[str, ...], name: str, spoil: Callable, message: str,
 ) -> None:  # fmt: skip
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("geolora.adapters.patterns.LIMIT", 0.5)
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "adapter"
     shutil.copytree(good / "adapter", folder)

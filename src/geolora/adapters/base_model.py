@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from geolora.adapters.names import CONFIG, HUB_NAME
+from geolora.adapters.patterns import demand_quick
 from geolora.adapters.read import SavedAdapter, read_adapter, read_object
 from geolora.errors import AdapterError, first_line, shown
 
@@ -56,6 +57,10 @@ def over_base(base: nn.Module, saved: SavedAdapter) -> Any:
     from peft import PeftModel, get_peft_model_state_dict
 
     name = type(base).__name__
+    modules = {module for module, _ in base.named_modules()}
+    known = sum(pair.name in modules for pair in saved.pairs)
+    names = [*modules, *(parameter for parameter, _ in base.named_parameters())]
+    demand_quick(saved.folder / CONFIG, saved.config, names, known)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # missing keys: told below, by name

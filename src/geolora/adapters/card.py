@@ -1,5 +1,6 @@
 """The model card of an adapter folder: Markdown under a head of YAML, neither of which a foreign name can change."""
 
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path, PureWindowsPath
 
@@ -18,7 +19,7 @@ def model_card(
     ranks: dict[str, int],
     adapter_parameters: int,
     exported_parameters: int,
-    others: list[str],
+    others: Sequence[str],
     probes: bool = True,
 ) -> str:
     """README.md of an adapter folder.

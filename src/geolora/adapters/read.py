@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from geolora.adapters.names import CONFIG, HUB_NAME, LOSSES, PROBES, WEIGHTS
+from geolora.adapters.patterns import Table
 from geolora.errors import AdapterError, GeoloraWarning, at_most_three, first_line, shown
 from geolora.files import read_json
 from geolora.pairs.find import PREFIX
@@ -49,6 +50,11 @@ KEEPS_BASE = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 
 LARGEST = 1e60
 """Bound on s ||A|| ||B||; float32 stays far below it, float64 arithmetic far above."""
+
+LONGEST_NAME = 1_000
+"""Characters of the name of a tensor."""
+MOST_LAYERS = 1_000
+"""Layers that `layer_replication` may make of those of the base."""
 
 SAVE_AGAIN = "Save the adapter again with peft's save_pretrained."
 
@@ -183,8 +189,11 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
             f"{file} cannot be read: {first_line(error)}. It is no whole safetensors file; copy or "
             "save it again."
         ) from error
-    if odd := [key for key in tensors if not key.isprintable()]:
-        raise AdapterError(f"{file}: names must be printable; got {shown(odd[0])}. {SAVE_AGAIN}")
+    if odd := [key for key in tensors if not key.isprintable() or len(key) > LONGEST_NAME]:
+        raise AdapterError(
+            f"{file}: names must be printable, and of {LONGEST_NAME:,} characters at most; got {shown(odd[0])}. "
+            f"{SAVE_AGAIN}"
+        )
     return tensors
 
 
@@ -238,7 +247,6 @@ def _check_config(file: Path, config: dict[str, Any]) -> None:
         is_table = table is None or isinstance(table, dict)
         _demand(file, f"`{key}`", table, lambda _, ok=is_table: ok, "an object of names and values")
         for pattern, value in (table or {}).items():
-            _demand(file, f"`{key}`", pattern, _is_regex, "names or regular expressions")
             _demand(file, f"`{key}` of {shown(pattern)}", value, right, needed)
     for key, reason in NOT_PAIRS.items():
         if config.get(key):
@@ -246,6 +254,9 @@ def _check_config(file: Path, config: dict[str, Any]) -> None:
                 f"{file}: `{key}` is set: {reason}, so the singular values of s B A are not those "
                 "of the update. Use peft itself for this adapter."
             )
+    again = config.get("layer_replication")
+    few = f"ranges of layers, {MOST_LAYERS:,} in all at most"
+    _demand(file, "`layer_replication`", again, _is_replication, few)
     start = config.get("init_lora_weights", True)
     if start not in KEEPS_BASE:
         raise AdapterError(
@@ -265,18 +276,25 @@ def _is_rank(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
 
 
+def _is_replication(value: Any) -> bool:
+    if not value:
+        return True
+    ranges = value if isinstance(value, list) else [value]
+    if not all(isinstance(r, list) and len(r) == 2 and all(map(_is_index, r)) for r in ranges):
+        return False
+    return sum(end - start for start, end in ranges) <= MOST_LAYERS and all(
+        a <= b for a, b in ranges
+    )
+
+
+def _is_index(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
 def _is_size(value: object) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return 0 < value <= sys.float_info.max
-
-
-def _is_regex(value: str) -> bool:
-    try:
-        re.compile(value)
-    except re.error:
-        return False
-    return True
 
 
 def _warn_of_unknown(file: Path, config: dict[str, Any]) -> None:
@@ -321,7 +339,26 @@ def _read_pairs(
             stacklevel=3,
         )
     names = sorted(sides, key=_in_order)
-    return [_read_pair(file, config, name, sides[name]) for name in names]
+    ranks, alphas = (
+        Table(folder / CONFIG, key, config.get(key) or {}, names)
+        for key in ("rank_pattern", "alpha_pattern")
+    )
+    pairs = []
+    for name in names:
+        r, alpha = ranks.of(name, config["r"]), float(alphas.of(name, config["lora_alpha"]))
+        scale = alpha / (r**0.5 if config.get("use_rslora") else r)
+        pairs.append(_read_pair(file, name, sides[name], r, scale))
+    largest = max(max(pair.d_in, pair.d_out, pair.A.shape[0]) for pair in pairs)
+    for rank in (
+        config["r"],
+        *ranks.values,
+    ):  # peft makes factors of it before it looks at the file
+        if rank > largest:
+            raise AdapterError(
+                f"{folder / CONFIG}: a rank must be at most {largest}, the longest side in {WEIGHTS}; got {rank}. "
+                f"{SAVE_AGAIN}"
+            )
+    return pairs
 
 
 def _in_order(name: str) -> list[str | int]:
@@ -329,13 +366,15 @@ def _in_order(name: str) -> list[str | int]:
     return [int(text) if i % 2 else text for i, text in enumerate(re.split(r"(\d+)", name))]
 
 
-def _read_pair(file: Path, config: dict[str, Any], name: str, both: dict[str, Tensor]) -> SavedPair:
+def _read_pair(
+    file: Path, name: str, both: dict[str, Tensor], rank: int, scale: float
+) -> SavedPair:
+    """The checked pair of a layer, whose rank and scale are as peft computes them on load."""
     for side, other in ("AB", "BA"):
         if side not in both:
             raise AdapterError(
                 f"{file}: {shown(name)} has lora_{other} without lora_{side}. {SAVE_AGAIN}"
             )
-    rank, scale = _rank_and_scale(config, name)
     shapes = {side: tuple(tensor.shape) for side, tensor in both.items()}
     for side, tensor in both.items():
         if not tensor.is_floating_point() or tensor.dim() < 2 or not tensor.numel():
@@ -361,15 +400,3 @@ def _read_pair(file: Path, config: dict[str, Any], name: str, both: dict[str, Te
             "Take an earlier checkpoint."
         )
     return SavedPair(name, A, B, scale)
-
-
-def _rank_and_scale(config: dict[str, Any], name: str) -> tuple[int, float]:
-    """r and s of a layer as peft computes them on load."""
-    from peft.utils.other import get_pattern_key
-
-    def of(pattern: str, default: float) -> Any:
-        table = config.get(pattern) or {}
-        return table.get(get_pattern_key(list(table), name), default)
-
-    r, alpha = of("rank_pattern", config["r"]), float(of("alpha_pattern", config["lora_alpha"]))
-    return r, alpha / (r**0.5 if config.get("use_rslora") else r)

@@ -12,7 +12,7 @@ def say(*lines: object, to: TextIO | None = None) -> None:
     Args:
         to: standard output where it is not given.
     """
-    to = to or sys.stdout
-    encoding = to.encoding or "utf-8"
+    stream: TextIO = to or sys.stdout
+    encoding = stream.encoding or "utf-8"
     text = "\n".join(escaped(str(line)) for line in lines)
-    print(text.encode(encoding, "backslashreplace").decode(encoding), file=to, flush=True)
+    print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)

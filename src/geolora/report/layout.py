@@ -4,6 +4,9 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+MOST_CELLS = 100_000
+"""Cells of a grid; layers that would need more stand one below the other."""
+
 
 def kinds_and_depths(layers: Iterable[str]) -> dict[str, tuple[str, str]]:
     """{layer: (kind, depth)}.
@@ -20,6 +23,9 @@ def kinds_and_depths(layers: Iterable[str]) -> dict[str, tuple[str, str]]:
         if len(stacks) > 1 and stack:
             kind = f"{stack}: {kind}"
         result[name] = (kind, depth)
+    kinds, depths = ({place[i] for place in result.values()} for i in (0, 1))
+    if len(kinds) * len(depths) > max(MOST_CELLS, 10 * len(result)):
+        return {name: (name, "-") for name in layers}
     return result
 
 
