@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -177,3 +178,37 @@ def test_an_error_without_a_message_is_still_one_line(
     assert main(TRAIN) == 2
     message = "geolora: `--train`: train.jsonl cannot be read: ValueError.\n"
     assert capsys.readouterr().err == message
+
+
+@pytest.mark.parametrize(
+    "settings, error, told",
+    [
+        ({"quant_method": "gptq", "bits": 4}, None, "Loading a GPTQ quantized model requires "),
+        ({"quant_method": "torchao"}, None, "'quant_type'."),
+        ("int8", None, "'str' object has no attribute "),
+        (
+            {"quant_method": "torchao"},
+            RuntimeError("issues in conversion"),
+            "issues in conversion. It is quantised: save it as the class of the task, with its head.",
+        ),
+    ],
+)
+def test_a_quantised_base_that_cannot_be_loaded_is_one_line(
+    folder: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: object,
+    error: Exception | None,
+    told: str,
+) -> None:
+    config = json.loads((folder / "base" / "config.json").read_text())
+    (folder / "base" / "config.json").write_text(
+        json.dumps(config | {"quantization_config": settings})
+    )
+    if error is not None:
+        auto = "transformers.AutoModelForSequenceClassification.from_pretrained"
+        monkeypatch.setattr(auto, Mock(side_effect=error))
+    assert main(TRAIN) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"geolora: `--model`: base cannot be loaded: {told}")
+    assert len(err.splitlines()) == 1

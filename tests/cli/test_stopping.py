@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, TorchAoConfig
 
 from geolora import LoRAPro, LoRASB, RACLoRA, RiemannianAdamW
 from geolora.cli.__main__ import main
@@ -143,12 +144,22 @@ def rows_of(folder: Path, name: str, rows: list[dict[str, Any]]) -> None:
     (folder / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
 
 
+def quantised(folder: Path) -> None:
+    """The model of a folder, saved again with torchao's int8 weights."""
+    torchao = pytest.importorskip("torchao.quantization", reason="of the dev group")
+    config = TorchAoConfig(torchao.Int8WeightOnlyConfig())
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+    model.save_pretrained(folder)
+
+
 @pytest.fixture
 def files_of_a_task(request: pytest.FixtureRequest, tmp_path: Path) -> list[object]:
     """The flags of a run of one task, on a model and rows of its own."""
-    name, folder = request.param, tmp_path
+    (name, *how), folder = request.param.split(" over "), tmp_path
     model = {"image-classification": tiny_vit, "causal-lm": tiny_llama}.get(name, tiny_bert)
     model(folder / "model")
+    if how:
+        quantised(folder / "model")
     ending = "npz" if name == "image-classification" else "jsonl"
     for split, count, seed in (("train", 120, 0), ("dev", 30, 1)):
         if name == "image-classification":
@@ -172,7 +183,7 @@ def files_of_a_task(request: pytest.FixtureRequest, tmp_path: Path) -> list[obje
 @pytest.mark.filterwarnings("ignore::FutureWarning:trl.*")
 @pytest.mark.parametrize(
     "files_of_a_task",
-    ["token-classification", "image-classification", "causal-lm", "text-regression"],
+    ["token-classification", "image-classification", "causal-lm over int8", "text-regression"],
     indirect=True,
 )
 def test_every_task_goes_on_exactly(
@@ -186,6 +197,8 @@ def test_every_task_goes_on_exactly(
     assert run("out", *files_of_a_task)[0] == 0
     assert steps == [STEPS - 13]
     assert_same(tmp_path / "whole", tmp_path / "out")
+    if "causal-lm" in files_of_a_task:
+        assert main(["verify", str(tmp_path / "out" / "adapter")]) == 0, "over the quantised base"
 
 
 WITHOUT = ("--save-every", STEPS)  # nothing is saved before the end, unless the run is stopped

@@ -4,13 +4,14 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch.utils.data import Subset
 
-from geolora.adapters.base_model import quietly
+from geolora.adapters.base_model import FAILURES, quietly
 from geolora.errors import DataError, ModelError, first_line
 from geolora.processes import one_device
 from geolora.settings.train_config import TrainConfig
@@ -204,16 +205,25 @@ def loading(config: TrainConfig, load: Callable[[str], Any]) -> Any:
     """
     from pathlib import Path
 
-    from safetensors import SafetensorError
-
     source = str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model
     try:
         with quietly():  # a new head is what we ask for, not news
             return load(source)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except FAILURES as error:
         raise ModelError(
-            f"`--model`: {config.model} cannot be loaded: {first_line(error)}."
+            f"`--model`: {config.model} cannot be loaded: {first_line(error)}.{_advice(source, error)}"
         ) from error
+
+
+def _advice(source: str, error: Exception) -> str:
+    """What helps where transformers cannot read quantised weights as another class than they were saved from."""
+    from transformers import PretrainedConfig
+
+    with quietly(), suppress(*FAILURES):
+        config, _ = PretrainedConfig.get_config_dict(source)
+        if isinstance(error, RuntimeError) and "quantization_config" in config:
+            return " It is quantised: save it as the class of the task, with its head."
+    return ""
 
 
 def names_of_heads(model: Any, info: Mapping[str, Any]) -> list[str]:
