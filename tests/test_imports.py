@@ -26,7 +26,7 @@ TABLE = """
     adapters.prune                   : errors kernels pairs
     adapters.read                    : errors files pairs adapters.names adapters.patterns
     adapters.truncate                : pairs
-    adapters.verify                  : errors pairs adapters.base_model adapters.read
+    adapters.verify                  : errors pairs adapters.base_model adapters.names adapters.read
     cli.__main__                     : errors cli.compare cli.demo cli.export cli.inspect cli.plot cli.train cli.terminal cli.verify settings
     cli.compare                      : comparing files report training cli.plot cli.terminal
     cli.demo                         : adapters errors files report settings tasks training cli.demo_texts cli.terminal

@@ -24,7 +24,7 @@ from transformers.utils import logging
 import geolora
 from geolora.adapters.base_model import quietly
 from geolora.adapters.names import CONFIG, PROBES, WEIGHTS
-from geolora.adapters.read import read_loss
+from geolora.adapters.verify import read_loss
 from geolora.errors import (
     AdapterError,
     BudgetError,

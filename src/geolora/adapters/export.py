@@ -174,7 +174,9 @@ def write(
             save_file(probes, folder / PROBES)
             kept = (1 - done.error**2) * (1 - lost_before**2)
             write_json(folder / LOSSES, {"error": (1 - kept) ** 0.5})
-            readers = "peft and LoRA servers" if done.server_shaped else "peft and what is built on it"
+            readers = (
+                "peft and LoRA servers" if done.server_shaped else "peft and what is built on it"
+            )
             card = model_card(
                 config.base_model_name_or_path,
                 f"in the {layout} layout, for {readers}",

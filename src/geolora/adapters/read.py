@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geolora.adapters.names import CONFIG, HUB_NAME, LOSSES, PROBES, WEIGHTS
+from geolora.adapters.names import CONFIG, HUB_NAME, WEIGHTS
 from geolora.adapters.patterns import Table
 from geolora.errors import AdapterError, GeoloraWarning, at_most_three, first_line, shown
 from geolora.files import read_json
@@ -113,53 +113,6 @@ def read_adapter(path: str | Path) -> SavedAdapter:
     _check_config(folder / CONFIG, config)
     tensors = read_tensors(folder / WEIGHTS)
     return SavedAdapter(folder, config, tensors, _read_pairs(folder, config, tensors))
-
-
-def read_loss(folder: str | Path) -> float | None:
-    """||what exports left out||_F / ||W||_F of what was trained; None where it was not written down.
-
-    Raises:
-        AdapterError: it is no number from 0 to 1.
-    """
-    file = Path(folder) / LOSSES
-    if not file.exists():
-        return None
-    error = read_object(file).get("error")
-    if isinstance(error, bool) or not isinstance(error, int | float) or not 0 <= error <= 1:
-        raise AdapterError(f"{file}: `error` must be a number from 0 to 1; got {shown(error)}.")
-    return float(error)
-
-
-def read_probes(saved: SavedAdapter) -> dict[str, tuple[Tensor, Tensor]]:
-    """{layer: (x (d_in, n), W x (d_out, n))} that `export` wrote beside an adapter.
-
-    Raises:
-        AdapterError: there are none, or they do not fit the adapter.
-    """
-    file = saved.folder / PROBES
-    if not file.is_file():
-        raise AdapterError(
-            f"verify: `path` must hold {PROBES}; {saved.folder} does not. Write it with "
-            "geolora.export."
-        )
-    tensors = read_tensors(file)
-    sizes = {pair.name: (pair.d_in, pair.d_out) for pair in saved.pairs}
-    probes = {}
-    for name in dict.fromkeys(key.rpartition(".")[0] for key in tensors):
-        x, y = tensors.get(f"{name}.x"), tensors.get(f"{name}.y")
-        if x is None or y is None or x.dim() != 2 or y.dim() != 2 or x.shape[1] != y.shape[1]:
-            raise AdapterError(
-                f"{file}: layer {shown(name)} must have x (d_in, n) and y (d_out, n). "
-                "Export the adapter again."
-            )
-        got = (x.shape[0], y.shape[0])
-        if name in sizes and got != sizes[name]:
-            raise AdapterError(
-                f"{file}: the probes of {shown(name)} must be for {sizes[name][0]} inputs and "
-                f"{sizes[name][1]} outputs; got {got[0]} and {got[1]}. Export the adapter again."
-            )
-        probes[name] = (x, y)
-    return probes
 
 
 def read_object(file: Path) -> dict[str, Any]:

@@ -31,7 +31,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     from geolora.adapters.base_model import load_base, over_base
     from geolora.adapters.export import write
-    from geolora.adapters.read import read_adapter, read_loss
+    from geolora.adapters.read import read_adapter
+    from geolora.adapters.verify import read_loss
     from geolora.training.output_folder import check_output, naming_disk_errors
 
     output = Path(arguments.output)

@@ -17,8 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the worst layer; exit code 2 where one is wrong."""
-    from geolora.adapters.read import read_loss
-    from geolora.adapters.verify import verify
+    from geolora.adapters.verify import read_loss, verify
 
     errors = verify(arguments.adapter, arguments.base)
     worst = max(errors, key=lambda name: errors[name])
