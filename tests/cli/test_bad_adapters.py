@@ -164,8 +164,6 @@ FOLDERS: dict[str, tuple[Callable, str]] = {
     "patterns too many": (config(alpha_pattern={f"a{i}": 4 for i in range(200_000)}), "`alpha_pattern` must have at most 512 patterns (512, or one for each layer); got 200,000."),
     "pattern for ever": (config(rank_pattern={"query": 3, SLOW: 4}), f"`rank_pattern` has a pattern that takes more than 0.5 s to match: '{SLOW}'. Write the names of the layers instead."),
     "rank larger than the file": (config(r=2**31 - 1, rank_pattern={"": 3, ".*": 3}), "a rank must be at most 48, the longest side in adapter_model.safetensors; got 2147483647."),
-    "layers again": (config(layer_replication=[[0, 10**9]]), "`layer_replication` must be ranges of layers, 1,000 in all at most; got [[0, 1000000000]]."),
-    "layers again, a word": (config(layer_replication=["0"]), "`layer_replication` must be ranges of layers"),
     "name too long": (put("a" * 1001, torch.ones(1)), "names must be printable, and of 1,000 characters at most; got 'aaa"),
     "alpha pattern": (config(alpha_pattern={"query": -1}), "`alpha_pattern` of 'query' must be a number above 0; got -1."),
     **{
@@ -212,6 +210,8 @@ MODELS: dict[str, tuple[Callable, str]] = {
     "climbs within": (config(base_model_name_or_path="x/..\\../etc"), "which climbs out of the folder"),
     "not on this disk": (config(base_model_name_or_path="nobody/nothing"), "base model `nobody/nothing` cannot be loaded: "),
     "no target": (config(target_modules=["nothing"]), "does not fit BertModel: Target modules {{'nothing'}} not found"),
+    "layers again": (config(layer_replication=[[0, 10**9]]), "`layer_replication` must be ranges of layers, 1,000 in all at most; got [[0, 1000000000]]."),
+    "layers again, a word": (config(layer_replication=["0"]), "`layer_replication` must be ranges of layers"),
     "target no regex": (config(target_modules="("), "`target_modules` must be names or regular expressions; got '('."),
     "target that repeats": (config(target_modules="a{99999999999999999999}"), "`target_modules` must be names or regular expressions"),
     "target too long": (config(target_modules="a" * 100_001), "a pattern of `target_modules` must have at most 100,000 characters; got 100,001: 'aaa"),

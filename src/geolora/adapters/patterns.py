@@ -21,6 +21,8 @@ FEW = 512
 """Patterns that Python keeps compiled; of more, peft compiles each again for every layer."""
 MANY = 100_000
 """Names that a list may have: more than any model has layers."""
+MOST_LAYERS = 1_000
+"""Layers that `layer_replication` may make of those of the base."""
 LONGEST, LONGEST_ALONE = 1_000, 100_000
 """Characters of a pattern among others, and of one that is the whole setting."""
 PLAIN = re.compile(r"\^?(?:[\w-]|\\\W|\.)*")
@@ -122,6 +124,11 @@ def demand_quick(file: Path, config: dict[str, Any], names: Collection[str], lay
             raise AdapterError(
                 f"{file}: `{key}` must have at most {MANY:,} entries; got {count:,}."
             )
+    ranges = config.get("layer_replication")
+    if ranges and not _are_few(ranges):
+        raise AdapterError(
+            f"{file}: `layer_replication` must be ranges of layers, {MOST_LAYERS:,} in all at most; got {shown(ranges)}."
+        )
     odd = [pattern for pattern in patterns if not PLAIN.fullmatch(pattern.text)]
     for pattern in odd:
         _compiled(file, pattern)
@@ -137,6 +144,14 @@ def _size(value: Any) -> int:
     """Entries of a list, or of all lists in an object."""
     lists = value.values() if isinstance(value, dict) else [value]
     return sum(len(entries) for entries in lists if isinstance(entries, list))
+
+
+def _are_few(ranges: Any) -> bool:
+    """Whether these are pairs of numbers, the ends of not too many layers."""
+    try:
+        return sum(len(range(start, end)) for start, end in ranges) <= MOST_LAYERS
+    except (TypeError, ValueError, OverflowError):
+        return False
 
 
 def _demand_few(file: Path, key: str, texts: Collection[str], layers: int) -> None:

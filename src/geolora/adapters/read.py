@@ -53,9 +53,6 @@ LARGEST = 1e60
 
 LONGEST_NAME = 1_000
 """Characters of the name of a tensor."""
-MOST_LAYERS = 1_000
-"""Layers that `layer_replication` may make of those of the base."""
-
 SAVE_AGAIN = "Save the adapter again with peft's save_pretrained."
 
 
@@ -207,9 +204,6 @@ def _check_config(file: Path, config: dict[str, Any]) -> None:
                 f"{file}: `{key}` is set: {reason}, so the singular values of s B A are not those "
                 "of the update. Use peft itself for this adapter."
             )
-    again = config.get("layer_replication")
-    few = f"ranges of layers, {MOST_LAYERS:,} in all at most"
-    _demand(file, "`layer_replication`", again, _is_replication, few)
     start = config.get("init_lora_weights", True)
     if start not in KEEPS_BASE:
         raise AdapterError(
@@ -227,21 +221,6 @@ def _demand(file: Path, what: str, value: object, right: Any, needed: str) -> No
 
 def _is_rank(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
-
-
-def _is_replication(value: Any) -> bool:
-    if not value:
-        return True
-    ranges = value if isinstance(value, list) else [value]
-    if not all(isinstance(r, list) and len(r) == 2 and all(map(_is_index, r)) for r in ranges):
-        return False
-    return sum(end - start for start, end in ranges) <= MOST_LAYERS and all(
-        a <= b for a, b in ranges
-    )
-
-
-def _is_index(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _is_size(value: object) -> bool:
