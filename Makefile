@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test guards lint docs format clean
+.PHONY: demo test guards lint docs format hashes clean
 
 demo: $(VENV)/.demo
 	HF_HUB_OFFLINE=1 $(BIN)/geolora demo --output demo-output --overwrite
@@ -30,6 +30,12 @@ docs: $(VENV)/.docs
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# requirements-demo.txt: constraints.txt with all that the demo needs, on any system, and the hash of every file
+hashes: $(VENV)/.demo
+	$(PIP) uv
+	echo hatchling | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
+		--custom-compile-command 'make hashes' -c constraints.txt --extra demo pyproject.toml - -o requirements-demo.txt
 
 # torch first: whatever depends on it then keeps this version
 $(VENV)/.demo: pyproject.toml constraints.txt

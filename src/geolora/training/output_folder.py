@@ -12,8 +12,8 @@ from geolora.files import holds, is_empty, restore
 
 LONGEST_NAME = 200
 """Bytes; file systems take 255, of which what is written beside a folder needs some."""
-OS_ERROR = re.compile(r"os error (\d+)")
-"""How safetensors names the system's error."""
+OS_ERROR = re.compile(r"(?:os error|Os \{ code:) (\d+)")
+"""How safetensors names the system's error; before 0.6 as `Os { code: 28, … }`."""
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_RIGHT = {errno.EACCES, errno.EPERM, errno.EROFS}
 
