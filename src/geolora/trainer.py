@@ -164,6 +164,11 @@ def progress_callback() -> Any:
             self.bar.set_postfix(shown, refresh=False)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-            self.bar.close()
+            self.close()
+
+        def close(self) -> None:
+            """End the bar's line, also where training ends in an error: Trainer calls nobody then."""
+            if self.bar is not None:
+                self.bar.close()
 
     return Progress()

@@ -339,6 +339,35 @@ def test_train_overwrites_its_own_files_only(geolora: Callable, tmp_path: Path) 
     assert not (out / "adapter" / "added_tokens.json").exists()
 
 
+def test_a_failed_start_can_be_started_again(
+    geolora: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full when the mark of the new run is written: the old one is still there to know the folder by."""
+    assert geolora("train", "--max-steps", "3")[0] == 0
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("geolora.training.resume.write_json", full)
+        code, _, err = geolora("train", "--max-steps", "2", "--overwrite")
+        assert (code, "no space left" in err) == (2, True)
+    assert geolora("train", "--max-steps", "2", "--overwrite")[0] == 0
+
+
+def test_an_error_amid_training_has_a_line_of_its_own(
+    geolora: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("geolora.training.checkpoints.seal", full)
+    code, _, err = geolora("train", "--max-steps", "3")
+    assert code == 2
+    assert [line for line in err.splitlines() if "geolora: " in line] == err.splitlines()[-1:]
+    assert err.splitlines()[-1].startswith("geolora: `--output`:")
+
+
 def test_inspect_shows_and_draws_what_a_budget_leaves(
     geolora: Callable, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

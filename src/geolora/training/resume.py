@@ -70,7 +70,8 @@ def opened(config: TrainConfig, data_id: str) -> Iterator[Opened]:
     with alone(output) if processes.is_first() else nullcontext():
         if processes.is_first():
             if now.checkpoint is None:
-                remove_written(output, RUN)
+                # the mark is replaced, and there at every moment
+                remove_written(output, {k: v for k, v in RUN.items() if k != MARK})
             write_json(
                 output / MARK, {**asdict(config), "data": data_id, "base": base, "run": now.run}
             )

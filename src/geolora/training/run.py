@@ -5,6 +5,7 @@ import shlex
 import statistics
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -111,11 +112,13 @@ def train(
             _keep_start(ready)
         clock = clock_callback(checkpoint)
         checkpoints = checkpoint_callback(run, recipe.method.can_resume)
-        trainer = _trainer(ready, clock, checkpoints)
+        progress = progress_callback()
+        trainer = _trainer(ready, clock, checkpoints, progress)
         _expect_unused(ready, trainer)
         recipe.begin(model, ready.batches, resumed=checkpoint is not None)
         processes.own_dropout(config.seed)
-        _fit(ready, trainer, checkpoints, checkpoint)
+        with closing(progress):
+            _fit(ready, trainer, checkpoints, checkpoint)
 
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -217,7 +220,7 @@ def _prepare(config: TrainConfig, data: Data) -> _Ready:
     return _Ready(config, task, recipe, loaded, model, examples, order, batches, steps, optimizer)
 
 
-def _trainer(ready: _Ready, clock: Any, checkpoints: Any) -> Any:
+def _trainer(ready: _Ready, clock: Any, checkpoints: Any, progress: Any) -> Any:
     """The task's Trainer, with our callbacks."""
     config, model = ready.config, ready.model
     trainer = ready.task.trainer(
@@ -228,7 +231,7 @@ def _trainer(ready: _Ready, clock: Any, checkpoints: Any) -> Any:
         model=model,
         optimizer_cls_and_kwargs=ready.optimizer,
         callbacks=[
-            *([progress_callback()] if processes.is_first() else []),
+            *([progress] if processes.is_first() else []),
             clock,
             *ready.recipe.callbacks(model),
             checkpoints,
