@@ -76,7 +76,7 @@ def in_child(output: Path, rows: Data, kill: tuple[int, float] | None) -> int:
             threading.Thread(target=shoot).start()
 
     optim.GeoLoRA.step = counted  # type: ignore[method-assign]
-    task.remove_written = lambda *_: None  # type: ignore[assignment]
+    task.remove_leftovers = lambda _: None  # type: ignore[assignment]
     try:
         task.train(config(output), rows)
     except BaseException as error:  # noqa: BLE001

@@ -47,7 +47,7 @@ PROCESSOR = _files(
 """What tokenizers and image processors save."""
 ADAPTER: dict[str, Any] = {
     **PROCESSOR,
-    **_files("adapter_model.safetensors README.md adapter_config.json"),
+    **_files("adapter_model.safetensors .tmp?????? README.md adapter_config.json"),
     "geolora": _files("probes.safetensors export.json"),
 }
 CHECKPOINT: dict[str, Any] = {

@@ -56,13 +56,7 @@ def run(
     files: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> Run:
     """Run into a folder of `tmp_path`, keeping its checkpoints to look at; exit code and stderr."""
-    real = task.remove_written
-
-    def keep(path: Path, layout: dict[str, Any]) -> None:
-        if path.name != "checkpoints":
-            real(path, layout)
-
-    monkeypatch.setattr(task, "remove_written", keep)
+    monkeypatch.setattr(task, "remove_leftovers", lambda _: None)
 
     def call(folder: str, *more: object) -> tuple[int, str]:
         code = main(words(files, tmp_path / folder, *more))
@@ -268,6 +262,23 @@ def test_a_stop_in_the_last_step_or_after_it_loses_nothing(
     assert (tmp_path / "out" / "report.html").exists()
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["seconds_per_step"] > 0
+
+
+def test_what_a_kill_at_the_very_end_leaves_is_tidied_by_the_same_command(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    assert main(words(files, out)) == 0
+    whole = sorted(out.rglob("*"))
+    for name in (".lock", "checkpoints/checkpoint-30/optimizer.pt", "start/.tmp2aB_cd"):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("left")
+    (out / "checkpoints" / "mine.md").write_text("mine")
+    assert main(words(files, out)) == 2
+    assert "out exists. Choose another folder, or add --overwrite." in capsys.readouterr().err
+    assert (out / "checkpoints" / "mine.md").read_text() == "mine"
+    left = {out / "checkpoints", out / "checkpoints" / "mine.md"}
+    assert sorted(set(out.rglob("*")) - left) == whole
 
 
 def test_what_cannot_go_on_says_so(

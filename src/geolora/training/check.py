@@ -10,7 +10,7 @@ from geolora.errors import ModelError, OutputError, SettingError, nearest, shown
 from geolora.settings.train_config import DEFAULTS, LOGGERS, METRICS_OF, ONLY_FOR, TrainConfig
 from geolora.training.output_folder import check_output
 from geolora.training.recipes import recipe_of
-from geolora.training.resume import refuse_changed, unfinished
+from geolora.training.resume import refuse_changed, tidy, unfinished
 
 ANY_NUMBER = ("seed", "tail", "lr", "rest_lr")
 """Numbers that need not be above 0; where they have limits, these are checked one by one."""
@@ -36,6 +36,7 @@ def check(config: TrainConfig) -> None:
     if not config.overwrite:
         refuse_changed(config)
     if not unfinished(config) or config.overwrite:
+        tidy(config)
         inputs = (config.model, config.train, config.eval)
         check_output(config.output, config.overwrite, "run", inputs)
 

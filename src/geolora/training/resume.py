@@ -1,20 +1,21 @@
 """Whether an output folder holds a stopped run, and whether and where it is gone on with."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from geolora import processes
 from geolora.errors import DataError, ModelError, OutputError
-from geolora.files import RUN, alone, holds, read_json, remove_written, write_json
+from geolora.files import LOCK, RUN, alone, holds, read_json, remove_written, write_json
 from geolora.settings.train_config import DEFAULTS, TrainConfig
 from geolora.training.checkpoints import any_sealed, latest
 from geolora.training.identity import base_id, base_id_of_0_1, run_id
 
 MARK = "run.json"
 """Settings and data of the run of a folder; with report.json and no checkpoint beside it, the run has ended."""
+LEFTOVERS = ("checkpoints", "start")
 NOT_SETTINGS = ("overwrite", "data", "base", "run")
 """Entries of it that are no settings, or make no difference."""
 
@@ -36,6 +37,21 @@ def refuse_changed(config: TrainConfig) -> None:
             f"{saved.get(changed[0])}, now {getattr(config, changed[0], None)}. Give the same flags "
             "to go on, choose another folder, or add --overwrite to lose it."
         )
+
+
+def tidy(config: TrainConfig) -> None:
+    """Remove what a process that was killed at the very end of a run has left in the output folder."""
+    output = Path(config.output)
+    left = any((output / name).exists() for name in (*LEFTOVERS, LOCK))
+    if left and holds(output, "run") and not _is_stopped(output):
+        with suppress(OutputError), alone(output):
+            remove_leftovers(output)
+
+
+def remove_leftovers(output: Path) -> None:
+    """Remove what a run that has ended needs no more."""
+    for name in LEFTOVERS:
+        remove_written(output / name, RUN[name])
 
 
 class Opened(NamedTuple):
@@ -101,9 +117,11 @@ def _found(config: TrainConfig, data_id: str, base: str) -> Opened | None:
 def _stopped(config: TrainConfig) -> dict[str, Any] | None:
     """Settings of the run that was stopped in the output folder, whatever they are."""
     output = Path(config.output)
-    if (output / "report.json").exists() and not any_sealed(output / "checkpoints"):
-        return None
-    return read_json(output / MARK) if holds(output, "run") else None
+    return read_json(output / MARK) if holds(output, "run") and _is_stopped(output) else None
+
+
+def _is_stopped(output: Path) -> bool:
+    return not (output / "report.json").exists() or any_sealed(output / "checkpoints")
 
 
 def _changed(config: TrainConfig, saved: dict[str, Any]) -> list[str]:

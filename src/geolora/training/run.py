@@ -14,7 +14,7 @@ import torch
 
 from geolora import processes
 from geolora.errors import DivergedError, SettingError
-from geolora.files import RUN, read_json, remove_written, replacing, write_json, write_text
+from geolora.files import read_json, replacing, write_json, write_text
 from geolora.settings.strict_yaml import as_yaml
 from geolora.settings.train_config import METRICS_OF, TrainConfig
 from geolora.starts.gradient_pass import without_gradient
@@ -33,7 +33,7 @@ from geolora.training.identity import versions
 from geolora.training.output_folder import naming_disk_errors
 from geolora.training.peak_memory import peak_bytes, reset_peak
 from geolora.training.recipes import Batches, Kept, Recipe, recipe_of
-from geolora.training.resume import opened
+from geolora.training.resume import opened, remove_leftovers
 
 TASKS: dict[str, Task] = {
     "text-classification": TextClassification(),
@@ -153,8 +153,7 @@ def train(
             _write_report(output, report, history, data.names)
             if then is not None:
                 then(output, report)
-            for leftover in ("checkpoints", "start"):
-                remove_written(output / leftover, RUN[leftover])
+            remove_leftovers(output)
         processes.wait_for_all()
         report = read_json(output / "report.json")
     return Outcome(report, history, *predicted, choice_score)
