@@ -32,8 +32,8 @@ TABLE = """
     cli.demo                         : adapters errors files report settings tasks training cli.demo_texts cli.terminal
     cli.demo_texts                   : errors
     cli.export                       : adapters training cli.terminal
-    cli.inspect                      : adapters errors report cli.terminal
-    cli.plot                         : errors files report tasks training cli.terminal
+    cli.inspect                      : adapters errors report training cli.terminal
+    cli.plot                         : errors report tasks training cli.terminal
     cli.train                        : processes settings training cli.plot cli.terminal
     cli.terminal                     : errors
     cli.verify                       : adapters cli.terminal
@@ -69,9 +69,9 @@ TABLE = """
     pairs.point                      :
     pairs.sharded                    :
     processes                        :
-    report.clean                     :
-    report.comparison                : errors files report.figures report.inline report.layout report.panels report.text report.view
-    report.figures                   : files report.layout report.panels
+    report.clean                     : files
+    report.comparison                : errors report.clean report.figures report.inline report.layout report.panels report.text report.view
+    report.figures                   : files report.clean report.inline report.layout report.panels
     report.inline                    : report.clean
     report.layout                    :
     report.pages                     : files report.clean report.figures report.inline report.panels report.view

@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
     plan = read_plan(arguments.config)
     summary = run_all(plan, say)
     text = table(summary)
-    with naming_disk_errors(plan.output):
+    with naming_disk_errors(plan.output, "`output`"):
         write_text(plan.output / "table.txt", text + "\n")
         drawn = draw_comparison(plan.output)
     say("", *text.split("\n"), "")

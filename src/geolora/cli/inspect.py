@@ -33,6 +33,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Print a rank map and a row per layer; draw them where asked."""
     from geolora.adapters.inspect import as_rows, inspect
     from geolora.report import figures, text
+    from geolora.training.output_folder import naming_disk_errors
 
     if arguments.figures is not None:
         _check_figures(Path(arguments.figures), arguments.overwrite)
@@ -42,8 +43,10 @@ def run(arguments: argparse.Namespace) -> None:
         limit += f" and budget {arguments.budget:,}"
     paths = []
     if arguments.figures is not None:
-        Path(arguments.figures).mkdir(parents=True, exist_ok=True)
-        paths = figures.adapter_figures(rows, Path(arguments.figures), f"rank needed at {limit}")
+        folder = Path(arguments.figures)
+        with naming_disk_errors(folder, "`--figures`"):
+            folder.mkdir(parents=True, exist_ok=True)
+            paths = figures.adapter_figures(rows, folder, f"rank needed at {limit}")
     if arguments.json:
         say(*json.dumps(rows, indent=2).splitlines())
         return
@@ -66,9 +69,11 @@ def _check_figures(folder: Path, overwrite: bool) -> None:
     """Refuse figures that cannot or must not be drawn, before anything is read."""
     from geolora.errors import OutputError, SettingError
     from geolora.report import figures
+    from geolora.training.output_folder import demand_writable
 
     if not figures.can_draw():
         raise SettingError("`--figures` needs matplotlib; run: pip install 'geolora[plots]'.")
+    demand_writable(folder, "`--figures`")
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"`--figures` must be a folder; {folder} is a file. Choose another.")
     there = [folder / name for name in figures.NAMES if (folder / name).exists()]

@@ -6,7 +6,6 @@ from typing import Any
 
 from geolora.cli.terminal import say
 from geolora.errors import DataError
-from geolora.files import read_json
 
 EXAMPLES = """examples:
   geolora plot out
@@ -33,7 +32,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     reports = [(Path(folder), _read(Path(folder))) for folder in arguments.folders]
     for folder, report in reports:
-        with naming_disk_errors(folder):
+        with naming_disk_errors(folder, "plot"):
             drawn = draw_comparison(folder) if report is None else draw_run(folder, report)
         say(f"written: {', '.join([f'{folder}/report.html', *(path.name for path in drawn)])}")
     if not can_draw():
@@ -103,8 +102,10 @@ def _read(folder: Path) -> dict[str, Any] | None:
 
 
 def _json(path: Path) -> Any:
+    from geolora.report.clean import read_clean
+
     try:
-        return read_json(path)
+        return read_clean(path)
     except (OSError, ValueError) as error:
         raise DataError(f"plot: {path} is not JSON, or cannot be read.") from error
 

@@ -55,7 +55,7 @@ def run_all(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
     for cell in todo:
         check(replace(cell.config, output=f"{cell.config.output}-to-be"))
     plan.output.mkdir(parents=True, exist_ok=True)
-    with naming_disk_errors(plan.output), alone(plan.output):
+    with naming_disk_errors(plan.output, "`output`"), alone(plan.output):
         if not marker.exists():
             write_json(marker, {})
         say(f"{len(plan.cells)} runs, {len(plan.cells) - len(todo)} of them done")

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from geolora.errors import escaped
-from geolora.files import read_json
 from geolora.report import panels
+from geolora.report.clean import read_clean
 from geolora.report.figures import can_draw, save
 from geolora.report.inline import plain_names
 from geolora.report.layout import rank_table
@@ -39,7 +39,7 @@ def figures(folder: str | Path) -> list[Path]:
     if not can_draw():
         return []
     folder = Path(folder)
-    summary = read_json(folder / "comparison.json")
+    summary = read_clean(folder / "comparison.json")
     with plain_names():
         drawn = {
             "score_against_parameters.png": _task_by_task(summary, panels.against_parameters),
@@ -100,8 +100,8 @@ def _rank_maps(summary: dict[str, Any]) -> Any:
     if not maps:
         return Figure()
     tables = [rank_table(ranks) for ranks in maps.values()]
-    kinds = max(len(kinds) for kinds, _, _ in tables)
-    depths = max(len(depths) for _, depths, _ in tables)
+    kinds = max(panels.ticks(kinds) for kinds, _, _ in tables)
+    depths = max(panels.ticks(depths) for _, depths, _ in tables)
     names = 0.08 * max(len(kind) for kinds, _, _ in tables for kind in kinds)
     size = (
         1.4 + names + len(methods) * (0.3 + 0.4 * depths),

@@ -8,13 +8,17 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-from geolora.files import read_json, write_at_once
+from geolora.files import write_at_once
 from geolora.report import panels
+from geolora.report.clean import read_clean
+from geolora.report.inline import plain_names
 from geolora.report.layout import depth_order, kinds_and_depths, rank_table
 
 NAMES = ("ranks.png", "spectra.png")
 """What `adapter_figures` writes."""
 
+MOST_PANELS = 60
+"""Kinds of module whose singular values are shown."""
 FLOOR = 1e-4
 """Singular values below this part of the largest are not shown."""
 
@@ -36,14 +40,14 @@ def rank_map(folder: str | Path, lower_is_better: bool = False) -> Path | None:
     if not can_draw():
         return None
     folder = Path(folder)
-    report = read_json(folder / "report.json")
+    report = read_clean(folder / "report.json")
     title = (
         f"ranks found by {report['method']}: {report['adapter_parameters']:,} parameters, "
         f"{report['metric']} {report['value']:.3f}" + " (lower is better)" * lower_is_better
     )
-    figure = ranks_figure(report["ranks"], max([1, *report["ranks"].values()]), title)
     path = folder / "ranks.png"
-    save(figure, path)
+    with plain_names():
+        save(ranks_figure(report["ranks"], max([1, *report["ranks"].values()]), title), path)
     return path
 
 
@@ -56,8 +60,9 @@ def adapter_figures(rows: list[dict[str, Any]], folder: Path, judged: str) -> li
         judged: how the needed rank was found, for the title.
     """
     paths = [folder / name for name in NAMES]
-    for draw, path in zip((_rank_change, _spectra), paths, strict=True):
-        save(draw(rows, judged), path)
+    with plain_names():
+        for draw, path in zip((_rank_change, _spectra), paths, strict=True):
+            save(draw(rows, judged), path)
     return paths
 
 
@@ -72,11 +77,11 @@ def ranks_figure(ranks: dict[str, int], top: int, title: str = "", small: bool =
     from matplotlib.ticker import MaxNLocator
 
     kinds, depths, _ = rank_table(ranks)
-    letters = max(map(len, kinds))
+    letters, across, down = max(map(len, kinds)), panels.ticks(depths), panels.ticks(kinds)
     if small:
-        size = (0.4 + 0.075 * letters + 0.34 * len(depths), 0.9 + 0.28 * len(kinds))
+        size = (0.4 + 0.075 * letters + 0.34 * across, 0.9 + 0.28 * down)
     else:
-        size = (2.0 + 0.09 * letters + 0.55 * len(depths), 1.6 + 0.4 * len(kinds))
+        size = (2.0 + 0.09 * letters + 0.55 * across, 1.6 + 0.4 * down)
     figure = Figure(figsize=size, layout="constrained")
     cells = panels.rank_map(figure.subplots(), ranks, top, title, "small" if small else None)
     if not small:
@@ -94,7 +99,8 @@ def _rank_change(rows: list[dict[str, Any]], judged: str) -> Any:
         judged.replace(" and ", "\nand "): {row["layer"]: row["settled_rank"] for row in rows},
     }
     kinds, depths, _ = rank_table(maps["rank now"])
-    names, across, height = 0.09 * max(map(len, kinds)), 0.42 * len(depths), 0.38 * len(kinds)
+    names = 0.09 * max(map(len, kinds))
+    across, height = 0.42 * panels.ticks(depths), 0.38 * panels.ticks(kinds)
     beside = len(depths) <= 12
     if beside:
         size = (1.6 + names + 2 * max(across + 0.3, 2.2), 1.3 + height)
@@ -121,7 +127,9 @@ def _spectra(rows: list[dict[str, Any]], judged: str) -> Any:
     from matplotlib.figure import Figure
 
     positions = kinds_and_depths(row["layer"] for row in rows)
-    kinds = list(dict.fromkeys(kind for kind, _ in positions.values()))
+    every = list(dict.fromkeys(kind for kind, _ in positions.values()))
+    kinds = every[:MOST_PANELS]
+    rows = [row for row in rows if positions[row["layer"]][0] in kinds]
     depths = depth_order(depth for _, depth in positions.values())
     across = min(len(kinds), 4 if len(kinds) in (4, 7, 8) or len(kinds) > 9 else 3)
     down = -(-len(kinds) // across)
@@ -154,7 +162,10 @@ def _spectra(rows: list[dict[str, Any]], judged: str) -> Any:
         axes.tick_params(labelbottom=index + across >= len(kinds))
     figure.supxlabel("index of the singular value", fontsize="medium")
     figure.supylabel("relative to the largest", fontsize="medium")
-    figure.suptitle(f"singular values of the update\ndot: {judged}", fontsize="medium")
+    some = f", of the first {len(kinds)} of {len(every)} kinds of module" * (
+        len(kinds) < len(every)
+    )
+    figure.suptitle(f"singular values of the update{some}\ndot: {judged}", fontsize="medium")
     if len(depths) > 1:
         norm = BoundaryNorm([i - 0.5 for i in range(len(depths) + 1)], cmap.N)
         bar = figure.colorbar(ScalarMappable(norm, cmap), ax=grid, label="layer")

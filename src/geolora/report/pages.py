@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from geolora.files import read_json, write_text
+from geolora.files import write_text
 from geolora.report import panels, view
-from geolora.report.clean import clean, without_folders
+from geolora.report.clean import clean, read_clean, without_folders
 from geolora.report.figures import can_draw, ranks_figure
 from geolora.report.inline import inline, plain_names
 
@@ -52,7 +52,7 @@ class Section(NamedTuple):
 def write_comparison(folder: str | Path) -> Path:
     """Write the page of the comparison in a folder, from its comparison.json."""
     folder = Path(folder)
-    summary = read_json(folder / "comparison.json")
+    summary = read_clean(folder / "comparison.json")
     methods, tasks = view.method_names(summary), view.task_names(summary)
     return _write(
         folder,
@@ -77,9 +77,9 @@ def write_run(folder: str | Path, lower_is_better: bool = False) -> Path:
         lower_is_better: whether less of the run's metric is better.
     """
     folder = Path(folder)
-    report = read_json(folder / "report.json")
-    history = read_json(folder / "history.json") if (folder / "history.json").exists() else []
-    settings = read_json(folder / "run.json") if (folder / "run.json").exists() else {}
+    report = read_clean(folder / "report.json")
+    history = read_clean(folder / "history.json") if (folder / "history.json").exists() else []
+    settings = read_clean(folder / "run.json") if (folder / "run.json").exists() else {}
     return _write(
         folder,
         "run.html",

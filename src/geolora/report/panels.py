@@ -10,6 +10,8 @@ from geolora.report.layout import rank_table
 from geolora.report.view import method_names, metric_name
 
 DIVERGED = "diverged"
+MOST_TICKS, MOST_NUMBERS = 128, 4_000
+"""Names at a side of a rank map, and ranks that it says in numbers: matplotlib takes seconds for a thousand."""
 
 # ---- one task of a comparison -------------------------------------------------------------------
 
@@ -168,13 +170,19 @@ def rank_map(
     )
     for y, row in enumerate(table):
         for x, value in enumerate(row):
-            if value is not None:
+            if value is not None and len(ranks) <= MOST_NUMBERS:
                 color = "w" if value < 0.6 * top else "k"
                 axes.text(x, y, str(value), ha="center", va="center", color=color, size=letters)
-    axes.set_xticks(range(len(depths)), depths, size=letters)
-    axes.set_yticks(range(len(kinds)), kinds, size=letters)
+    for place, names in ((axes.set_xticks, depths), (axes.set_yticks, kinds)):
+        step = -(-len(names) // MOST_TICKS)
+        place(range(0, len(names), step), names[::step], size=letters)
     axes.set_xlabel("layer", size=letters)
     return cells
+
+
+def ticks(names: list[str]) -> int:
+    """For how many of these a rank map has room."""
+    return min(len(names), MOST_TICKS)
 
 
 def budget_map(axes: Any, summary: dict[str, Any], entry: dict[str, Any]) -> None:

@@ -6,6 +6,10 @@ NUMBER = (int, float)
 SOME = (int, float, type(None))
 EACH = "*"
 """A key of a shape that stands for every key."""
+LARGEST = 2**63
+"""Size of a whole number; float64, in which figures are drawn, would hold larger ones."""
+LONGEST_NAME, LONGEST = 1_000, 100_000
+"""Characters of a key, and of any other text."""
 
 RUN = {
     "method": str, "task": str, "metric": str, "value": NUMBER, "train_loss": NUMBER,
@@ -106,11 +110,13 @@ def wrong_comparison(summary: Any) -> str | None:
 def _wrong(value: Any, shape: Any, path: str) -> str | None:
     """Where a value differs first from a shape: a type or several, {key: shape} or [shape]."""
     if not _fits(value, type(shape) if isinstance(shape, dict | list) else shape):
-        return f"`{path}` is of another type" if path else "it is of another type"
+        return f"`{path}` is of another type, or too large" if path else "it is of another type"
     if isinstance(shape, list):
         return _first(*(_wrong(v, shape[0], f"{path}[{i}]") for i, v in enumerate(value)))
     if isinstance(shape, dict):
         start = f"{path}." if path else ""
+        if any(len(key) > LONGEST_NAME for key in value):
+            return f"a name in `{path}` has more than {LONGEST_NAME:,} characters"
         if EACH in shape:
             return _first(*(_wrong(v, shape[EACH], f"{start}{k}") for k, v in value.items()))
         missing = (f"`{start}{key}` is missing" for key in shape if key not in value)
@@ -121,8 +127,12 @@ def _wrong(value: Any, shape: Any, path: str) -> str | None:
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """isinstance, where True is no number."""
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    """isinstance, where True is no number, and what no figure could show is nothing."""
+    if isinstance(value, bool):
+        return kind is bool
+    if isinstance(value, int) and abs(value) >= LARGEST:
+        return False
+    return isinstance(value, kind) and not (isinstance(value, str) and len(value) > LONGEST)
 
 
 def _first(*faults: str | None) -> str | None:

@@ -133,7 +133,7 @@ def results_for_a_terminal(summary: dict[str, Any]) -> Table:
         *COSTS,
     ]
     rows = []
-    for row in (*summary["rows"], *summary["means"]):
+    for row in (*summary["rows"], *summary.get("means", ())):
         shown = _result(row)
         score = shown.score + (f" ({shown.diverged})" if shown.diverged else "")
         task = row.get("task", "mean")
@@ -239,7 +239,7 @@ def versions(packages: dict[str, list[str]]) -> Table:
 def setting(value: Any) -> str:
     """The value of a setting, without folders of the machine."""
     if isinstance(value, list):
-        return ", ".join(step_size(entry) for entry in value)
+        return ", ".join("default" if entry is None else setting(entry) for entry in value)
     if isinstance(value, bool):
         return "yes" if value else "no"
     return without_folders(f"{value:g}" if isinstance(value, float) else str(value))

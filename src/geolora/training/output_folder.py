@@ -3,11 +3,12 @@
 import errno
 import os
 import re
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from geolora.errors import OutputError, shown
+from geolora.errors import OutputError, first_line, shown
 from geolora.files import holds, is_empty, restore
 
 LONGEST_NAME = 200
@@ -32,7 +33,7 @@ def check_output(
         OutputError: it has no usable name, exists and may not be replaced, was not written by geolora,
             holds an input, or cannot be written.
     """
-    _check_name(str(output))
+    _check_name(str(output), "`--output`")
     output = Path(output)
     restore(output.absolute())
     there = output.exists() and not is_empty(output)
@@ -51,14 +52,28 @@ def check_output(
             f"`--output`: {output} is no {kind} that was written by geolora, so it is left alone. "
             "Choose another folder."
         )
+    demand_writable(output)
+
+
+def demand_writable(output: Path, flag: str = "`--output`") -> None:
+    """Raise `OutputError` where a folder has no usable name, or no file can be made in it: rights alone do not tell.
+
+    Args:
+        output: need not exist. flag: where the user said it.
+    """
+    _check_name(str(output), flag)
     place = output.absolute()
     parent = next(folder for folder in (place, *place.parents) if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
         what = "cannot be written" if parent == place else f"cannot be made in {parent}"
-        raise OutputError(f"`--output`: {output} {what}. Choose another folder.")
+        reason = error.strerror or first_line(error)
+        raise OutputError(f"{flag}: {output} {what}: {reason}. Choose another folder.") from error
 
 
-def _check_name(output: str) -> None:
+def _check_name(output: str, flag: str) -> None:
     """Refuse a name that no file system takes, or that cannot be written down in UTF-8."""
     try:
         longest = max(len(part.encode()) for part in ["", *Path(output).parts])
@@ -66,16 +81,19 @@ def _check_name(output: str) -> None:
         longest = LONGEST_NAME + 1
     if longest > LONGEST_NAME or "\0" in output or not output.strip():
         raise OutputError(
-            f"`--output`: must be a path in UTF-8 of names of at most {LONGEST_NAME} bytes; got "
+            f"{flag}: must be a path in UTF-8 of names of at most {LONGEST_NAME} bytes; got "
             f"{shown(output)}. Choose another folder."
         )
 
 
 @contextmanager
-def naming_disk_errors(output: str | Path) -> Iterator[None]:
+def naming_disk_errors(output: str | Path, flag: str = "`--output`") -> Iterator[None]:
     """Turn a full disk and missing rights, from whatever library writes, into `OutputError`.
 
     What was whole before stays: checkpoints that are sealed, files that are replaced at once.
+
+    Args:
+        flag: where the user said `output`.
     """
     from safetensors import SafetensorError
 
@@ -94,4 +112,4 @@ def naming_disk_errors(output: str | Path) -> Iterator[None]:
             what, do = "it may not be written", "Choose another folder"
         else:
             raise
-        raise OutputError(f"`--output`: {output}: {what}. {do}.") from error
+        raise OutputError(f"{flag}: {output}: {what}. {do}.") from error
