@@ -242,12 +242,15 @@ def replacing(folder: Path) -> Iterator[Path]:
 
 
 def restore(folder: Path) -> None:
-    """Put back a folder that was being replaced when the process was killed."""
-    old = folder.with_name(f".{folder.name}{REPLACED}")
-    if old.exists() and folder.exists():
-        _remove_ours(old)
-    elif old.exists():
-        old.rename(folder)
+    """Put back a folder that was being replaced when the process was killed, and tidy what it left."""
+    lock, new, old = (f".{folder.name}{end}" for end in (LOCK, PARTIAL, REPLACED))
+    for beside in (folder.parent, folder):
+        if any((beside / name).exists() for name in (lock, new, old)):
+            with contextlib.suppress(OSError), alone(beside, lock):  # or another process is at it
+                if (beside / old).exists() and not folder.exists():
+                    (beside / old).rename(folder)
+                _remove_ours(beside / old)
+                _remove_ours(beside / new)
 
 
 def _put(new: Path, folder: Path) -> None:

@@ -218,6 +218,29 @@ def test_runs_of_other_settings_or_data_are_not_mixed_in(
     assert len(trained) == 12
 
 
+def test_notes_stay_and_what_a_killed_process_left_goes(
+    files: Path, trained: list[TrainConfig]
+) -> None:
+    plan = read_plan(plan_file(files))
+    run_all(plan, lambda _: None)
+    running, done = plan.output / "running", plan.cells[0]
+    (plan.output / "runs" / f"{plan.cells[-1].name}.json").unlink()
+    left = running / done.name / "adapter" / "geolora" / "probes.safetensors"
+    left.parent.mkdir(parents=True)
+    left.write_text("left")
+    (running / "mine.md").write_text("mine")
+    run_all(plan, lambda _: None)
+    assert [path.name for path in running.rglob("*")] == ["mine.md"]
+
+    (plan.output / "runs" / f"{plan.cells[-1].name}.json").unlink()
+    folder = running / plan.cells[-1].name
+    folder.mkdir(parents=True)
+    (folder / "thesis.tex").write_text("mine")
+    with pytest.raises(OutputError, match=r"holds 'thesis.tex', which geolora did not write. Move"):
+        run_all(plan, lambda _: None)
+    assert (folder / "thesis.tex").read_text() == "mine"
+
+
 def test_an_output_that_is_a_file_or_in_use(files: Path, trained: list[TrainConfig]) -> None:
     plan = read_plan(plan_file(files))
     run_all(plan, lambda _: None)

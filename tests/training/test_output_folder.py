@@ -314,6 +314,22 @@ def test_killed_at_any_call_it_holds_the_old_adapter_or_the_new_one(
     raise AssertionError("it was killed 20 times")
 
 
+@pytest.mark.parametrize("beside", [".", "adapter"])
+def test_what_a_killed_process_leaves_beside_is_tidied(tmp_path: Path, beside: str) -> None:
+    folder, place = tmp_path / "adapter", tmp_path / beside
+    put(folder, "whole")
+    for name in (".adapter.lock", ".adapter.partial/README.md", ".adapter.replaced/README.md"):
+        write(place, name)
+    with alone(place, ".adapter.lock"):  # by a process that is alive: left to it
+        restore(folder)
+        assert (place / ".adapter.partial" / "README.md").exists()
+    write(place, ".adapter.lock")
+    restore(folder)
+    assert texts(folder) == dict.fromkeys(FILES, "whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    assert sorted(read(folder)) == sorted(FILES)
+
+
 def test_a_folder_one_stands_in_is_not_exchanged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

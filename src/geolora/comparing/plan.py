@@ -18,6 +18,8 @@ from geolora.settings.strict_yaml import (
 from geolora.settings.train_config import TrainConfig
 
 KEYS = ("output", "common", "tasks", "methods", "seeds", "choose_on", "against")
+RUNNING = "running"
+"""Folder of runs that are not on file yet."""
 GRID = ("seed", "output", "overwrite")
 """Settings of a run that the grid gives."""
 OF_TASKS = (
@@ -44,9 +46,12 @@ class Cell(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Where its file lies under `runs/`, without the suffix."""
-        lr = "default" if self.lr is None else f"{self.lr:g}"
-        return f"{self.task}/{self.method}/lr-{lr}/seed-{self.seed}"
+        """Where its file lies under `runs/`, without the suffix, and under `running/` what it trains in."""
+        return _name(self.task, self.method, self.lr, self.seed)
+
+
+def _name(task: str, method: str, lr: float | None, seed: int) -> str:
+    return f"{task}/{method}/lr-{'default' if lr is None else f'{lr:g}'}/seed-{seed}"
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,8 @@ def read_plan(path: str | Path) -> Plan:
                 here = f"{where}: methods: {method}"
                 settings, lrs = _of_method(method, method_given, of_task, here)
                 for lr in lrs:
-                    of_cell = {"lr": lr, "seed": seed, "output": str(output / "running")}
+                    place = output / RUNNING / _name(task, method, lr, seed)
+                    of_cell = {"lr": lr, "seed": seed, "output": str(place)}
                     config = TrainConfig(**{**settings, **of_cell})
                     cells.append(Cell(task, method, lr, seed, config))
     names = [cell.name for cell in cells]

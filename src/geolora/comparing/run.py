@@ -9,6 +9,7 @@ grid, `summary.py` computes the numbers of `comparison.json`, `report/comparison
 import hashlib
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ import torch
 from geolora import processes
 from geolora.comparing.plan import Cell, Plan
 from geolora.comparing.summary import summarise
-from geolora.errors import GradientError, SettingError
-from geolora.files import RUN, alone, read_json, remove_written, write_json
+from geolora.errors import GradientError, OutputError, SettingError, shown
+from geolora.files import RUN, alone, is_empty, read_json, remove_written, write_json
 from geolora.settings.train_config import DEFAULTS, TrainConfig
 from geolora.tasks.task import Data, Rows
 from geolora.training.check import check
@@ -58,6 +59,9 @@ def run_all(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
     with naming_disk_errors(plan.output, "`output`"), alone(plan.output):
         if not marker.exists():
             write_json(marker, {})
+        for cell in plan.cells:
+            if cell not in todo:  # a process that was killed may have left it
+                _remove(plan, cell)
         say(f"{len(plan.cells)} runs, {len(plan.cells) - len(todo)} of them done")
         begun = time.perf_counter()
         for number, cell in enumerate(todo, 1):
@@ -65,8 +69,7 @@ def run_all(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
             path = _file(plan, cell)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, result, indent=None)
-            # only now: a run that is not on file must not be lost
-            remove_written(Path(cell.config.output), RUN)
+            _remove(plan, cell)  # only now: a run that is not on file must not be lost
             left = (time.perf_counter() - begun) / number * (len(todo) - number)
             say(f"{number}/{len(todo)}  {cell.name}  {_short(result)}; {left / 60:.0f} min left")
         results = [(cell, read_json(_file(plan, cell))) for cell in plan.cells]
@@ -92,7 +95,7 @@ def split(data: Data, share: float) -> tuple[Data, Rows]:
 def _run(cell: Cell, data: Data, choice: Rows) -> dict[str, Any]:
     """Train one cell, or go on with it; a run that diverges has no scores and says why."""
     if not unfinished(cell.config):
-        remove_written(Path(cell.config.output), RUN)
+        _begin(Path(cell.config.output))
     result: dict[str, Any] = {
         "settings": _stored(cell.config),
         "data": _inputs(data, base_id(cell.config.model)),
@@ -110,6 +113,26 @@ def _run(cell: Cell, data: Data, choice: Rows) -> dict[str, Any]:
         "predictions": outcome.predictions,
         "targets": outcome.targets,
     }
+
+
+def _begin(folder: Path) -> None:
+    """Refuse a folder to train in that holds something else than a run."""
+    remove_written(folder, RUN)
+    if folder.is_dir() and not is_empty(folder):
+        raise OutputError(
+            f"`output`: {folder} holds {shown(min(folder.iterdir()).name)}, which geolora did not write. "
+            "Move it away, and start the same command again."
+        )
+
+
+def _remove(plan: Plan, cell: Cell) -> None:
+    """Remove what a cell trained in, and the folders around it where nothing else is left in them."""
+    folder = Path(cell.config.output)
+    remove_written(folder, RUN)
+    while folder != plan.output:
+        with suppress(OSError):
+            folder.rmdir()
+        folder = folder.parent
 
 
 def _done(plan: Plan, cell: Cell, data: Data) -> bool:
