@@ -20,7 +20,7 @@ from geolora.settings.train_config import TrainConfig
 from geolora.training.check import check
 
 ROOT = Path(__file__).parents[1]
-FILLED = runpy.run_path(str(ROOT / "docs" / "table_of_methods.py"))["filled"]
+FILLED = runpy.run_path(str(ROOT / "docs" / "tables.py"))["filled"]
 PAGES = {
     path.relative_to(ROOT / "docs").as_posix(): FILLED(path.read_text(encoding="utf-8"))
     for path in sorted((ROOT / "docs").rglob("*.md"))

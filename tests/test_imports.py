@@ -17,7 +17,7 @@ CALLS_PEFT = {"optim.lora_plus", "training.recipes", "training.peft_recipes"}
 """Beside `pairs` and `adapters`, which know PEFT's layers and files: what calls its methods."""
 
 TABLE = """
-    adapters.base_model              : errors adapters.names adapters.patterns adapters.read
+    adapters.base_model              : errors pairs adapters.names adapters.patterns adapters.read
     adapters.card                    : errors adapters.names
     adapters.export                  : errors files pairs adapters.card adapters.names
     adapters.inspect                 : errors kernels pairs adapters.read
@@ -33,7 +33,7 @@ TABLE = """
     cli.demo_texts                   : errors
     cli.export                       : adapters training cli.terminal
     cli.inspect                      : adapters errors report training cli.terminal
-    cli.plot                         : errors report tasks training cli.terminal
+    cli.plot                         : errors files report tasks training cli.terminal
     cli.train                        : processes settings training cli.plot cli.terminal
     cli.terminal                     : errors
     cli.verify                       : adapters cli.terminal

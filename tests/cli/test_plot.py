@@ -124,9 +124,11 @@ def test_compare_ends_with_the_page(
     plan = "output: {output}\ntasks: {{t: {{}}}}\nmethods: {{lora: {{}}}}\n"
     (tmp_path / "plan.yaml").write_text(plan.format(output=output))
 
-    def run_all(*_: object) -> dict:
+    def run_all(_: object, __: object, then: Callable) -> dict:
         output.mkdir()
-        return pages.comparison(output)
+        summary = pages.comparison(output)
+        then(output, summary)
+        return summary
 
     monkeypatch.setattr(comparison, "run_all", run_all)
     assert main(["compare", str(tmp_path / "plan.yaml")]) == 0

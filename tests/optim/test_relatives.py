@@ -136,7 +136,7 @@ def test_experts_are_separate_pairs() -> None:
 
 
 def test_experts_are_still_refused_by_geolora() -> None:
-    with pytest.raises(PairingError, match="interleaved"):
+    with pytest.raises(PairingError, match="experts and routers are no linear layers"):
         geolora.GeoLoRA(with_experts())
 
 

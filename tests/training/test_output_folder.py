@@ -25,6 +25,8 @@ from geolora.training.output_folder import check_output, naming_disk_errors
         (OSError(errno.EDQUOT, "Disk quota exceeded"), "no space left"),
         (SafetensorError("Error while serializing: I/O error: … (os error 28)"), "no space left"),
         (SafetensorError("… IoError(Os { code: 27, kind: FileTooLarge, … })"), "no space left"),
+        (Exception("No space left on device (os error 28)"), "no space left"),  # tokenizers
+        (RuntimeError("basic_ios::clear: iostream error"), "no space left"),
         (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected"), "no space left"),
         (PermissionError(errno.EACCES, "Permission denied"), "may not be written"),
         (OSError(errno.EROFS, "Read-only file system"), "may not be written"),

@@ -7,17 +7,19 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from torch import nn
 from transformers import (
     AutoImageProcessor,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     ResNetConfig,
+    ResNetForImageClassification,
     ResNetModel,
 )
 
 import geolora
 from geolora.adapters.truncate import TRUNCATED, truncate
-from geolora.errors import DivergedError, ModelError, SettingError
+from geolora.errors import DivergedError, GeoloraWarning, ModelError, SettingError
 from geolora.methods import TRAINABLE
 from geolora.pairs.find import find_pairs
 from geolora.pairs.point import read_pair
@@ -26,6 +28,7 @@ from geolora.tasks.task import Data
 from geolora.tasks.text_classification import labelled_texts
 from geolora.training import run as task
 from geolora.training.check import check
+from geolora.training.recipes import adapted_layers
 from models import lora_net, tiny_bert, tiny_vit
 from rows import pictures, reviews
 
@@ -203,8 +206,35 @@ def test_flags_belong_to_methods(more: dict, message: str) -> None:
         check(TrainConfig(model="m", output="none-such", **more))
 
 
-def test_a_model_that_peft_cannot_adapt_is_one_line(tmp_path: Path) -> None:
-    """A ResNet: convolutions and a head."""
+def test_narrow_layers_heads_and_what_peft_refuses_get_no_pair() -> None:
+    class Model(nn.Module):
+        def __init__(self, kind: str) -> None:
+            super().__init__()
+            self.config = type("Config", (), {"model_type": kind})
+            self.wide, self.out_proj = nn.Linear(12, 10), nn.Linear(10, 12)
+            self.conv1d, self.gate = nn.Conv1d(4, 4, 2), nn.Linear(12, 1)
+            self.head = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 3))
+            self.lm_head = nn.Linear(12, 30)
+
+        def get_output_embeddings(self) -> nn.Module:
+            return self.lm_head
+
+    heads = ["head", "head.0", "head.1"]
+    with pytest.warns(GeoloraWarning, match=r"1 of 3 layers are left .* rank of 4: gate\."):
+        found = adapted_layers(Model("bert"), ["head"], 4)
+    assert found == (["wide", "out_proj"], [*heads, "lm_head", "gate"])
+    with pytest.warns(GeoloraWarning, match=r"1 of 2 layers are left"):
+        targets, others = adapted_layers(Model("mamba"), ["head"], 4)
+    assert targets == ["wide"]
+    assert {"out_proj", "conv1d"} <= set(others)
+    # a rank that is too large for most is the rank's fault: making the pairs says so
+    assert adapted_layers(Model("bert"), ["head"], 11)[0] == ["wide", "out_proj", "gate"]
+    convolutions = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Linear(8, 2))
+    assert adapted_layers(convolutions, ["2"], 4) == (["0"], ["2"])
+
+
+def test_a_model_of_convolutions_alone_gets_pairs_on_them(tmp_path: Path) -> None:
+    """A ResNet: convolutions and a head. Where peft finds nothing to adapt, it is said."""
     tiny_vit(tmp_path / "vit")
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])
     ResNetModel(config).save_pretrained(tmp_path / "resnet")
@@ -217,8 +247,16 @@ def test_a_model_that_peft_cannot_adapt_is_one_line(tmp_path: Path) -> None:
         train=str(tmp_path / "train.npz"), eval=str(tmp_path / "dev.npz"), batch_size=4,
         output=str(tmp_path / "out"),
     )  # fmt: skip
-    with pytest.raises(
-        ModelError, match="peft cannot add GeoLoRA to the linear layers of .*ResNet"
-    ):
-        task.run(run)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("geolora.training.recipes.adapted_layers", lambda *_: ([], []))
+        with pytest.raises(
+            ModelError, match="peft cannot add GeoLoRA to the linear layers of .*ResNet"
+        ):
+            task.run(run)
     assert not (tmp_path / "out").exists()
+    report = task.run(run)
+    assert set(report["ranks"]) == {
+        name
+        for name, layer in ResNetForImageClassification(config).named_modules()
+        if isinstance(layer, nn.Conv2d)
+    }

@@ -15,7 +15,18 @@ from geolora.adapters.names import CONFIG, HUB_NAME
 from geolora.adapters.patterns import demand_quick
 from geolora.adapters.read import SavedAdapter, read_adapter, read_object
 from geolora.errors import AdapterError, first_line, shown
+from geolora.pairs.find import PREFIX
 
+AUTO_CLASSES = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
+"""PEFT's task types, and what transformers loads for them."""
+PRIME = 7919
+"""A number of classes that no other size of a model is."""
 FAILURES = (
     OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError, re.error,
     SafetensorError,
@@ -93,19 +104,10 @@ def load_base(saved: SavedAdapter, base: str | Path | None = None) -> nn.Module:
         AdapterError: there is no such model, or it cannot be loaded.
     """
     name = _base_name(saved, base)
-    options: dict[str, Any] = {}
-    task = saved.config.get("task_type")
-    if task == "SEQ_CLS":
-        heads = [
-            value.shape[0]
-            for key, value in saved.tensors.items()
-            if value.dim() == 2
-            and re.search(r"(^|\.)(classifier|score)(\.out_proj)?\.weight$", key)
-        ]
-        options = {"num_labels": heads[-1]} if heads else {}
     try:
         with quietly():  # a new head is no news: the trained one comes with the adapter
-            auto = _class_of(name, task)
+            auto = _class_of(name, saved.config)
+            options = _labels_of(auto, name, saved)
             return auto.from_pretrained(name, trust_remote_code=False, **options)
     except FAILURES as error:
         raise AdapterError(
@@ -113,18 +115,45 @@ def load_base(saved: SavedAdapter, base: str | Path | None = None) -> nn.Module:
         ) from error
 
 
-def _class_of(name: str, task: object) -> Any:
-    """The class to load a base model as: the auto class of PEFT's task type, else the class it was saved as."""
+def _class_of(name: str, config: dict[str, Any]) -> Any:
+    """The class to load a base model as.
+
+    The auto class of PEFT's task type; else the class of transformers that the adapter names, which is only looked
+    up there; else the class that the base was saved as.
+    """
     import transformers
 
-    if task == "SEQ_CLS":
-        return transformers.AutoModelForSequenceClassification
-    if task == "CAUSAL_LM":
-        return transformers.AutoModelForCausalLM
-    config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-    saved_as = getattr(transformers, (config.architectures or ["AutoModel"])[0], None)
-    is_model = isinstance(saved_as, type) and issubclass(saved_as, transformers.PreTrainedModel)
-    return saved_as if is_model else transformers.AutoModel
+    if auto := AUTO_CLASSES.get(str(config.get("task_type"))):
+        return getattr(transformers, auto)
+    mapping = config.get("auto_mapping")
+    named = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    base = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+    for known in (named, *(base.architectures or [])[:1]):
+        found = getattr(transformers, known, None) if isinstance(known, str) else None
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            return found
+    return transformers.AutoModel
+
+
+def _labels_of(kind: Any, name: str, saved: SavedAdapter) -> dict[str, int]:
+    """{"num_labels": n} as the saved head has it; nothing where no head is saved.
+
+    Which module gives the classes is seen in a model without numbers and with a count of classes that nothing else has.
+    """
+    import torch
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(
+        name, trust_remote_code=False, num_labels=PRIME
+    )
+    with torch.device("meta"):
+        empty = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
+    for module, layer in empty.named_modules():
+        weight = getattr(layer, "weight", None)
+        trained = saved.tensors.get(f"{PREFIX}{module}.weight")
+        if weight is not None and weight.shape[:1] == (PRIME,) and trained is not None:
+            return {"num_labels": trained.shape[0]}
+    return {}
 
 
 def _base_name(saved: SavedAdapter, given: str | Path | None) -> str:

@@ -323,6 +323,9 @@ def _exported_config(model: Any, adapter_name: str, layers: list[_Layer], layout
     config.inference_mode = True
     config.target_modules = _target_modules(model, {layer.pair.name for layer in layers})
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    if config.task_type is None:  # as peft saves it: which class the adapter is for
+        kind = type(model.get_base_model())
+        config.auto_mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = getattr(model.get_base_model(), "name_or_path", None)
     if layout == "compact":

@@ -8,7 +8,7 @@
 |                                                        | them, and they too are only data    |
 | keys of a newer peft                                   | left out as peft does, with a warning |
 | LoRA on embeddings                                     | not read, with a warning            |
-| `auto_mapping`, which names a module to import         | never looked at                     |
+| `auto_mapping`, which names a module to import         | its class is looked up in transformers, and nowhere else |
 | `adapter_model.bin`                                    | refused: a pickle can run code      |
 | other methods, DoRA and other variants, `megatron_core` | refused: not W0 + s B A            |
 | pissa, olora, corda, loftq, lora_ga without conversion | refused: W0 is another              |

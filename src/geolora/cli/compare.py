@@ -1,6 +1,8 @@
 """geolora compare: methods over a grid of step sizes, seeds and tasks, fairly, in one table."""
 
 import argparse
+from pathlib import Path
+from typing import Any
 
 from geolora.cli.plot import draw_comparison
 from geolora.cli.terminal import say
@@ -34,15 +36,14 @@ def run(arguments: argparse.Namespace) -> None:
     from geolora.comparing.run import run_all
     from geolora.files import write_text
     from geolora.report.comparison import table
-    from geolora.training.output_folder import naming_disk_errors
 
-    plan = read_plan(arguments.config)
-    summary = run_all(plan, say)
-    text = table(summary)
-    with naming_disk_errors(plan.output, "`output`"):
-        write_text(plan.output / "table.txt", text + "\n")
-        drawn = draw_comparison(plan.output)
-    say("", *text.split("\n"), "")
+    def write(folder: Path, summary: dict[str, Any]) -> None:
+        write_text(folder / "table.txt", table(summary) + "\n")
+        drawn.extend(draw_comparison(folder))
+
+    plan, drawn = read_plan(arguments.config), []
+    summary = run_all(plan, say, write)
+    say("", *table(summary).split("\n"), "")
     say(
         f"written: {plan.output}/comparison.json, table.txt, report.html"
         + "".join(f", {path.name}" for path in drawn)

@@ -6,6 +6,7 @@ from typing import Any
 
 from geolora.cli.terminal import say
 from geolora.errors import DataError
+from geolora.files import alone
 
 EXAMPLES = """examples:
   geolora plot out
@@ -32,7 +33,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     reports = [(Path(folder), _read(Path(folder))) for folder in arguments.folders]
     for folder, report in reports:
-        with naming_disk_errors(folder, "plot"):
+        with naming_disk_errors(folder, "plot"), alone(folder):
             drawn = draw_comparison(folder) if report is None else draw_run(folder, report)
         say(f"written: {', '.join([f'{folder}/report.html', *(path.name for path in drawn)])}")
     if not can_draw():

@@ -30,11 +30,16 @@ from geolora.training.resume import unfinished
 from geolora.training.run import load, train
 
 
-def run_all(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
+def run_all(
+    plan: Plan,
+    say: Callable[[str], None],
+    then: Callable[[Path, dict[str, Any]], Any] | None = None,
+) -> dict[str, Any]:
     """Run every cell that has no file yet, then summarise all.
 
     Args:
         say: takes a line of progress.
+        then: takes the folder and the summary when all is written, while the folder is still held.
 
     Returns:
         What `comparison.json` holds.
@@ -75,6 +80,8 @@ def run_all(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
         results = [(cell, read_json(_file(plan, cell))) for cell in plan.cells]
         summary = summarise(results, plan.against, plan.choose_on)
         write_json(marker, summary)
+        if then is not None:
+            then(plan.output, summary)
     return summary
 
 

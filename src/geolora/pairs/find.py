@@ -184,7 +184,10 @@ def _refuse(name: str, layer: Any, adapter: str, with_experts: bool) -> None:
     if hasattr(layer, "lora_E"):
         reason = "an AdaLoRA layer has three factors. Use LoraConfig instead of AdaLoraConfig"
     elif isinstance(layer, ParamWrapper) and not with_experts:
-        reason = "the factors of all experts are interleaved. Leave out `target_parameters`"
+        reason = (
+            "experts and routers are no linear layers. Name the layers in `target_modules` (for "
+            "'all-linear', peft adds them in some models), without `target_parameters`"
+        )
     elif layer.lora_variant.get(adapter) is not None:
         variant = type(layer.lora_variant[adapter]).__name__
         reason = f"{variant} (DoRA or the like) is not W0 + s B A. Switch it off in LoraConfig"

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -16,6 +17,11 @@ from geolora.errors import DataError, ModelError, first_line
 from geolora.processes import one_device
 from geolora.settings.train_config import TrainConfig
 from geolora.tasks.rows import class_names, read_rows
+
+NO_CLASS = re.compile(
+    r"Unrecognized configuration class <class '[\w.]*?(\w+)'> for this kind of AutoModel: (\w+)"
+)
+"""What transformers says of an architecture that it has no class for."""
 
 
 @dataclass(frozen=True)
@@ -210,6 +216,11 @@ def loading(config: TrainConfig, load: Callable[[str], Any]) -> Any:
         with quietly():  # a new head is what we ask for, not news
             return load(source)
     except FAILURES as error:
+        if missing := NO_CLASS.search(str(error)):
+            raise ModelError(
+                f"`--model`: {config.model} cannot be trained for {config.task}: transformers has no "
+                f"{missing[2]} with a {missing[1]}. Choose another model or task."
+            ) from error
         raise ModelError(
             f"`--model`: {config.model} cannot be loaded: {first_line(error)}.{_advice(source, error)}"
         ) from error

@@ -10,11 +10,20 @@ IGNORED = -100
 
 
 def pad(tokenizer: Any, model: Any, config: TrainConfig) -> None:
-    """Give tokenizer and model a padding token, the end token where they have none.
+    """Give tokenizer and model one padding token, the end token where neither has one.
+
+    A classifier of the GPT kind looks for the last token that is not the padding of its configuration: who loads
+    the adapter over the base has that one, so it comes before the tokenizer's.
 
     Raises:
         ModelError: there is neither.
     """
+    of_model = getattr(model.config, "pad_token_id", None)
+    if of_model is not None and (tokenizer.pad_token is None or config.task != "causal-lm"):
+        known = 0 <= of_model < len(tokenizer)
+        tokenizer.pad_token = (
+            tokenizer.convert_ids_to_tokens(of_model) if known else tokenizer.pad_token
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
@@ -25,9 +34,16 @@ def pad(tokenizer: Any, model: Any, config: TrainConfig) -> None:
 
 
 def limit(tokenizer: Any, model: Any) -> int:
-    """Tokens that the model can hold."""
-    longest = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
-    return min(longest, tokenizer.model_max_length)
+    """Tokens that the model can hold: positions it has, without those that it keeps for padding."""
+    longest = getattr(model.config, "max_position_embeddings", None) or 0
+    for name, module in model.named_modules():
+        if (
+            name.endswith("position_embeddings")
+            and getattr(module, "padding_idx", None) is not None
+        ):
+            longest = module.num_embeddings - module.padding_idx - 1  # positions begin behind it
+    known = [length for length in (longest, tokenizer.model_max_length) if length > 0]
+    return min(known)
 
 
 def max_length(tokenizer: Any, model: Any, config: TrainConfig, usual: int) -> int:

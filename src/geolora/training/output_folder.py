@@ -15,6 +15,8 @@ LONGEST_NAME = 200
 """Bytes; file systems take 255, of which what is written beside a folder needs some."""
 OS_ERROR = re.compile(r"(?:os error|Os \{ code:) (\d+)")
 """How safetensors names the system's error; before 0.6 as `Os { code: 28, … }`."""
+TORCH_SAYS = ("inline_container", "iostream error")
+"""All that torch.save says where it cannot write."""
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_RIGHT = {errno.EACCES, errno.EPERM, errno.EROFS}
 
@@ -95,17 +97,15 @@ def naming_disk_errors(output: str | Path, flag: str = "`--output`") -> Iterator
     Args:
         flag: where the user said `output`.
     """
-    from safetensors import SafetensorError
-
     try:
         yield
     except OutputError:
         raise
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # tokenizers raises no other class, and torch no OSError
         chain = [error, error.__cause__, error.__context__]
         codes = {e.errno for e in chain if isinstance(e, OSError)}
         codes |= {int(code) for e in chain for code in OS_ERROR.findall(str(e))}
-        torch_failed = any("inline_container" in str(e) for e in chain)  # torch.save says no more
+        torch_failed = any(text in str(e) for e in chain for text in TORCH_SAYS)
         if codes & NO_ROOM or torch_failed:
             what, do = "there is no space left", "Free some, and start the same command again"
         elif codes & NO_RIGHT:

@@ -4,6 +4,7 @@ A row of the table of methods names the recipe of its adapter. `Recipe` is that 
 optimizer of ours trains; what differs is a class: here for ours, in `peft_recipes.py` for PEFT's methods.
 """
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from geolora.adapters.export import export
-from geolora.errors import ModelError, SettingError, first_line
+from geolora.errors import GeoloraWarning, ModelError, SettingError, at_most_three, first_line
 from geolora.methods import METHODS, STARTS, TRAINABLE, Method, method_of, resolve
 from geolora.pairs.find import find_pairs
 from geolora.settings.train_config import TrainConfig
@@ -26,6 +27,9 @@ JUDGE = 0.1
 """Share of the steps after which GeoLoRA's ranks are judged, once, and then kept."""
 CHAIN = 4
 """Adapters in RAC-LoRA's chain."""
+MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+NOT_IN_MAMBA = ("out_proj", "conv1d")
+"""Layers of models of these types whose weights a kernel reads past the layer, so that peft refuses them."""
 Batches = Callable[[int, int], list[Any]]
 """(rows per batch, number) -> tokenised training batches, fewer where the data ends."""
 
@@ -139,7 +143,7 @@ class Recipe:
     def add_adapter(
         self, model: nn.Module, new: list[str], kind: str, total: int, batches: Batches
     ) -> Any:
-        """A PeftModel with the method's adapter on all linear layers.
+        """A PeftModel with the method's adapter on `adapted_layers`.
 
         Args:
             new: names of modules that are trained whole and saved (heads).
@@ -151,15 +155,12 @@ class Recipe:
         """
         from peft import TaskType, get_peft_model
 
+        targets, others = adapted_layers(model, new, self.config.rank)
         common: dict[str, Any] = {
             "lora_alpha": self.config.rank,
-            "target_modules": "all-linear",
-            "exclude_modules": [
-                f"{head}.{name}".rstrip(".")
-                for head in new
-                for name, _ in model.get_submodule(head).named_modules()
-            ]
-            or None,
+            # by name: for "all-linear", peft adds routers and experts of some models
+            "target_modules": targets or "all-linear",
+            "exclude_modules": others or None,
             "modules_to_save": new or None,
         }
         # the task type only later: with it, PEFT would take any module whose name ends like a head
@@ -220,6 +221,53 @@ class Recipe:
         """
         done = export(model, folder)
         return Kept(done.ranks, done.adapter_parameters, done.exported_parameters)
+
+
+def adapted_layers(model: nn.Module, heads: list[str], rank: int) -> tuple[list[str], list[str]]:
+    """Names of the layers of a base model that get a pair, and of layers that must not get one.
+
+    All linear layers but the heads and the output embedding; in a model that has none, all convolutions that are
+    not grouped. Layers narrower than the rank (routers, gates of one unit) are left as they are, with a warning,
+    unless most layers are: then the rank is too large, and making the pairs says so.
+
+    Args:
+        heads: names of modules that are trained whole.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    named = dict(model.named_modules())
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    whole = [name for head in heads for name in named if f"{name}.".startswith(f"{head}.")]
+    whole += [name for name, module in named.items() if module is output]
+    if getattr(getattr(model, "config", None), "model_type", None) in MAMBA:
+        whole += [name for name in named if name.rpartition(".")[2] in NOT_IN_MAMBA]
+    rest = {name: module for name, module in named.items() if name not in set(whole)}
+    found = {
+        name: module for name, module in rest.items() if isinstance(module, nn.Linear | Conv1D)
+    }
+    if not found:
+        convolutions = ((n, module) for n, module in rest.items() if isinstance(module, nn.Conv2d))
+        found = {name: module for name, module in convolutions if module.groups == 1}
+    narrow = [name for name, module in found.items() if min(_sides(module)) < rank]
+    if 2 * len(narrow) > len(found):
+        narrow = []
+    if narrow:
+        warnings.warn(
+            f"{len(narrow)} of {len(found)} layers are left as they are, for one of their sides is below the "
+            f"rank of {rank}: {at_most_three(narrow)}.",
+            GeoloraWarning,
+            stacklevel=2,
+        )
+    return [name for name in found if name not in narrow], whole + narrow
+
+
+def _sides(layer: Any) -> tuple[int, int]:
+    """(d_out, d_in) of what a pair of a layer multiplies to, whatever its weight is packed as."""
+    if isinstance(layer, nn.Conv2d):
+        return layer.out_channels, math.prod((layer.in_channels, *layer.kernel_size))
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
+    return layer.weight.shape[1], layer.weight.shape[0]
 
 
 class RankAdaptive(Recipe):

@@ -1,8 +1,9 @@
-"""Fills the tables of methods into the pages, from the table in the code (a hook of mkdocs).
+"""Fills tables into the pages: of methods, from the table in the code; of models, from what a test found (a hook of mkdocs).
 
-A page holds `<!-- methods: NAME -->` where the table NAME of TABLES is to stand.
+A page holds `<!-- table: NAME -->` where the table NAME of TABLES is to stand.
 """
 
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
 from geolora.methods import METHODS, Method
 
-MARK = re.compile(r"<!-- methods: (\w+) -->")
+MARK = re.compile(r"<!-- table: (\w+) -->")
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
@@ -70,11 +71,26 @@ def optimizers() -> str:
     return "\n\n".join(f"::: geolora.{row.public[0]}" for row in rows if row.name != "geolora")
 
 
+def models() -> str:
+    """What works with what."""
+    found = json.loads((Path(__file__).parent / "what_works.json").read_text(encoding="utf-8"))
+    tasks = list(dict.fromkeys(task for row in found.values() for task in row))
+    signs = {None: "", "works": "yes"}
+    return _table(
+        ("architecture", *tasks),
+        [
+            (name, *(signs.get(row.get(task), "no class") for task in tasks))
+            for name, row in found.items()
+        ],
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "papers": papers,
     "notes": notes,
     "peft": peft,
     "optimizers": optimizers,
+    "models": models,
 }
 
 
