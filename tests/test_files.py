@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from unittest.mock import Mock
@@ -10,8 +11,9 @@ from unittest.mock import Mock
 import pytest
 
 import pages
+from geolora import errors
 from geolora.cli.__main__ import main
-from geolora.errors import first_line, nearest, shown
+from geolora.errors import first_line, install, nearest, shown
 from geolora.files import parse_json, read_json, write_json
 from geolora.training.checkpoints import SEAL, flaw
 
@@ -154,6 +156,20 @@ def test_what_is_written_is_read_and_replaces_the_whole_file_or_nothing(
 )
 def test_the_first_line_of_an_error(error: Exception, line: str) -> None:
     assert first_line(error) == line
+
+
+def test_a_hint_names_packages_that_an_index_has() -> None:
+    """Not `geolora[…]`: geolora may be a clone."""
+    from importlib import metadata
+
+    for extra in metadata.metadata("geolora").get_all("Provides-Extra") or ():
+        assert re.fullmatch(r"pip install( '?[\w-]+[=>]=[\d.]+'?)+", install(extra)), extra
+    for path in Path(errors.__file__).parent.rglob("*.*"):
+        if path.suffix in (".py", ".html"):
+            text = path.read_text(encoding="utf-8")
+            assert "geolora[" not in text, path
+            for extra in re.findall(r"install\([\"'](\w+)", text):
+                assert install(extra) != "pip install ", (path, extra)
 
 
 def test_values_and_names_in_messages() -> None:

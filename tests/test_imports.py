@@ -17,7 +17,7 @@ CALLS_PEFT = {"optim.lora_plus", "training.recipes", "training.peft_recipes"}
 """Beside `pairs` and `adapters`, which know PEFT's layers and files: what calls its methods."""
 
 TABLE = """
-    adapters.base_model              : errors pairs adapters.names adapters.patterns adapters.read
+    adapters.base_model              : errors files pairs adapters.names adapters.patterns adapters.read
     adapters.card                    : errors adapters.names
     adapters.export                  : errors files pairs adapters.card adapters.names
     adapters.inspect                 : errors kernels pairs adapters.read
@@ -32,7 +32,7 @@ TABLE = """
     cli.demo                         : adapters errors files report settings tasks training cli.demo_texts cli.terminal
     cli.demo_texts                   : errors
     cli.export                       : adapters training cli.terminal
-    cli.inspect                      : adapters errors report training cli.terminal
+    cli.inspect                      : adapters errors files report training cli.terminal
     cli.plot                         : errors files report tasks training cli.terminal
     cli.train                        : processes settings training cli.plot cli.terminal
     cli.terminal                     : errors
@@ -74,7 +74,7 @@ TABLE = """
     report.figures                   : files report.clean report.inline report.layout report.panels
     report.inline                    : report.clean
     report.layout                    :
-    report.pages                     : files report.clean report.figures report.inline report.panels report.view
+    report.pages                     : errors files report.clean report.figures report.inline report.panels report.view
     report.panels                    : report.layout report.view
     report.shape                     :
     report.text                      : errors report.layout report.view
@@ -92,16 +92,16 @@ TABLE = """
     tasks.causal_lm                  : errors processes settings tasks.answers tasks.chat_tokens tasks.rows tasks.task tasks.tokenizers
     tasks.chat_tokens                : errors tasks.tokenizers
     tasks.csv_rows                   : errors
-    tasks.image_classification       : errors settings tasks.rows tasks.task
+    tasks.image_classification       : errors files settings tasks.rows tasks.task
     tasks.metrics                    :
-    tasks.rows                       : errors tasks.csv_rows
-    tasks.task                       : adapters errors processes settings tasks.rows
+    tasks.rows                       : errors files tasks.csv_rows
+    tasks.task                       : adapters errors files processes settings tasks.rows
     tasks.text_classification        : errors settings tasks.rows tasks.task tasks.tokenizers
     tasks.token_classification       : errors settings tasks.rows tasks.task tasks.tokenizers
     tasks.tokenizers                 : errors settings
     trainer                          : errors methods optim
     training.batch_order             :
-    training.check                   : errors processes settings training.output_folder training.recipes training.resume
+    training.check                   : errors files processes settings training.output_folder training.recipes training.resume
     training.checkpoints             : errors files processes training.identity
     training.clock                   : files processes
     training.identity                : files settings

@@ -27,7 +27,9 @@ On the command line each error is one line on stderr and exit code 2. At the end
 import difflib
 import itertools
 import re
+import shlex
 from collections.abc import Iterable
+from importlib import metadata
 
 
 class GeoloraError(Exception):
@@ -145,6 +147,14 @@ def listed(names: Iterable[object]) -> str:
     every = [str(name) for name in names]
     text = ", ".join(shown(name)[1:-1] for name in every[:10])
     return f"{text} and {len(every) - 10:,} more" if len(every) > 10 else text or "none"
+
+
+def install(extra: str) -> str:
+    """The command that installs what an extra of geolora needs, from wherever geolora itself was installed."""
+    needed = [line.partition(";") for line in metadata.requires("geolora") or ()]
+    of_extra = re.compile(rf"\bextra == ['\"]{extra}['\"]")
+    words = [shlex.quote(name.strip()) for name, _, when in needed if of_extra.search(when)]
+    return f"pip install {' '.join(words)}"
 
 
 def shown(value: object) -> str:

@@ -69,6 +69,24 @@ MARKS = ("probes.safetensors", "adapter_config.json", "run.json", "demo.json")
 """Written last and removed last, in this order: while one is there, the folder is known for what it is."""
 
 
+# ---- what is there ---------------------------------------------------------------------------------
+
+
+def exists(path: str | Path) -> bool:
+    """Whether something is there; False for a name that no system takes, of which `Path.exists` raises."""
+    return os.path.exists(path)
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether a folder is there; False for a name that no system takes."""
+    return os.path.isdir(path)
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether a file is there; False for a name that no system takes."""
+    return os.path.isfile(path)
+
+
 # ---- files --------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 """The command line as its user calls it: results, one-line errors, exit codes."""
 
 import csv
+import errno
 import gzip
 import json
 import re
@@ -405,10 +406,25 @@ def test_inspect_shows_and_draws_what_a_budget_leaves(
 
     from geolora.report import figures
 
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(figures, "write_at_once", full)
+        code, out, err = geolora("inspect", adapter, "--figures", tmp_path / "full")
+        assert (code, out) == (2, "")
+        assert err.startswith(f"geolora: `--figures`: {tmp_path / 'full'}: there is no space left.")
+    for place in ("/proc/x/y", "/sys/x", adapter / "README.md" / "x"):
+        code, out, err = geolora("inspect", adapter, "--figures", place)
+        assert (code, out) == (2, "")
+        assert f"`--figures`: {place} cannot be made in" in err
+        assert len(err.splitlines()) == 1
+        assert geolora("train", "--output", place)[0] == 2
+
     monkeypatch.setattr(figures, "find_spec", lambda _: None)
     code, out, err = geolora("inspect", adapter, "--figures", tmp_path / "more")
     assert (code, out) == (2, "")
-    assert err == "geolora: `--figures` needs matplotlib; run: pip install 'geolora[plots]'.\n"
+    assert err == "geolora: `--figures` needs matplotlib. Run: pip install 'matplotlib>=3.9'.\n"
     assert not (tmp_path / "more").exists()
     assert geolora("inspect", adapter)[0] == 0
 

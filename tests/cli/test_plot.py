@@ -58,7 +58,7 @@ def test_without_matplotlib(
     monkeypatch.setattr(figures, "find_spec", lambda _: None)
     code, out, _ = plot(*folders)
     assert code == 0
-    assert out.splitlines()[-1].endswith("pip install 'geolora[plots]'")
+    assert out.splitlines()[-1].endswith("Run: pip install 'matplotlib>=3.9'")
     for folder in folders:
         assert not list(folder.glob("*.png"))
         assert "<table" in (folder / written.NAME).read_text()
@@ -94,6 +94,56 @@ def test_a_folder_that_cannot_be_drawn_is_one_line(
     assert err.startswith(f"geolora: plot: {folder}")
     assert message in err
     assert not list(tmp_path.rglob("report.html")), "all are checked before any is drawn"
+
+
+@pytest.mark.parametrize(
+    "file, keys, value, message",
+    [
+        ("report", ["train_loss"], 10**400, "`train_loss` is too large"),
+        ("report", ["peak_memory_bytes"], -(10**400), "`peak_memory_bytes` is too large"),
+        ("report", ["ranks", "x" * 1001], 3, "a name in `ranks` has more than 1,000 characters"),
+        ("report", ["ranks"], {"\ud800.1.a": 1, "b\x1b[2J": 2}, None),
+        ("report", ["method"], "$x^$ \ud800", None),
+        ("report", ["value"], float("nan"), None),
+        ("report", ["more"], json.loads("[" * 21 + "]" * 21), "is not JSON, or cannot be read"),
+        ("history", [0, "loss"], 10**400, "`[0].loss` is too large"),
+        ("run", ["text"], ["x", None, [1], 10**400], None),
+        ("comparison", ["rows", 0, "value"], 10**400, "`rows[0].value` is too large"),
+        ("comparison", ["rows", 0, "task"], "\ud800$_$", None),
+        ("comparison", ["settings", 0, "values"], {"lr": ["x", {"y": 10**400}]}, None),
+    ],
+)  # fmt: skip
+def test_what_is_odd_is_drawn_or_is_one_line(
+    plot: Call,
+    folders: tuple[Path, Path],
+    file: str,
+    keys: list,
+    value: object,
+    message: str | None,
+) -> None:
+    folder = folders[file != "comparison"]
+    inner = whole = json.loads((folder / f"{file}.json").read_text())
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = value
+    (folder / f"{file}.json").write_text(json.dumps(whole))
+    code, out, err = plot(folder)
+    if message is None:
+        assert (code, err) == (0, "")
+        assert (folder / "report.html").is_file()
+    else:
+        assert (code, out) == (2, "")
+        assert message in err
+        assert len(err.splitlines()) == 1
+
+
+def test_a_comparison_without_means_has_a_table(folders: tuple[Path, Path]) -> None:
+    from geolora.report.comparison import table
+
+    summary = json.loads((folders[0] / "comparison.json").read_text())
+    whole = table(summary)
+    del summary["means"]
+    assert table(summary).splitlines()[:3] == whole.splitlines()[:3]
 
 
 def test_what_a_run_lacks_or_has_damaged(plot: Call, folders: tuple[Path, Path]) -> None:

@@ -35,43 +35,36 @@ def test_lines_are_escaped_and_fit_the_terminal() -> None:
         assert file.getvalue().decode(encoding).split("\n") == [SHOWN, name, ""]
 
 
+@pytest.mark.parametrize("evil", [EVIL, "a" * 300, "a\0b"], ids=["escapes", "long", "nul"])
 @pytest.mark.parametrize(
     "words",
     [
-        [EVIL],
-        [f"--{EVIL}"],
-        ["train", f"--{EVIL}"],
-        ["train", EVIL],
-        ["train", "--lr", EVIL],
-        ["train", "--batch-size", EVIL],
-        ["train", "--config", EVIL],
-        ["train", "--model", EVIL, "--train", EVIL, "--eval", EVIL],
-        ["train", "--model", "m", "--method", EVIL],
-        ["train", "--model", "m", "--report-to", EVIL],
-        ["train", "--model", "m", "--train", EVIL, "--eval", EVIL, "--output", EVIL],
-        ["compare", EVIL],
-        ["demo", "--steps", EVIL],
-        ["plot", EVIL],
-        ["inspect", EVIL],
-        ["verify", EVIL],
-        ["export", EVIL, EVIL],
+        "{}", "--{}", "train --{}", "train {}", "train --lr {}", "train --batch-size {}", "train --config {}",
+        "train --model {} --train {} --eval {}", "train --model m --method {}", "train --model m --report-to {}",
+        "train --model m --train {} --eval {} --output {}", "train --model m --train {} --eval {} --output out",
+        "train --model m --train {} --eval {} --output out --task image-classification",
+        "compare {}", "demo --steps {}", "plot {}", "inspect {}", "inspect out --figures {}", "verify {}",
+        "export {} {}",
     ],
-)
+)  # fmt: skip
 def test_arguments(
-    words: list[str],
+    words: str,
+    evil: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        raise SystemExit(main(words))
+        raise SystemExit(main([word.replace("{}", evil) for word in words.split()]))
     assert stop.value.code == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert len(lines_of(err)) == 2, err
     assert err.startswith("geolora: ")
-    assert r"a\x1b[31m" in err
+    if evil == EVIL:
+        assert r"a\x1b[31m" in err
+    assert not list(tmp_path.iterdir())
 
 
 def test_settings_printed_as_yaml(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -160,7 +160,7 @@ def test_without_matplotlib_there_is_the_table(
     for write in (written.write_comparison, written.write_run):
         page = Page(write(tmp_path))
         assert page.figures == []
-        assert "pip install 'geolora[plots]'" in page.text
+        assert "Run pip install 'matplotlib>=3.9', then" in page.text
     written.write_comparison(tmp_path)
     assert f"{summary['rows'][0]['value']:.4f}" in Page(tmp_path / "report.html").text
 

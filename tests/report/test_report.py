@@ -53,6 +53,14 @@ def rows_of(layers: list[str], rank: int = 6) -> list[dict]:
     return [{"layer": name, **row} for name in layers[:-1]] + [{"layer": layers[-1], **row, **none}]
 
 
+def test_a_grid_of_holes_is_a_list() -> None:
+    """Else twenty thousand layers of as many kinds and depths would be four hundred million cells."""
+    ranks = {f"a{i}.{i}.b{i}": i for i in range(20_000)}
+    lines = text.rank_map(ranks, "rank now").splitlines()
+    assert len(lines) == len(ranks) + 2
+    assert lines[-1].split() == ["a19999.19999.b19999", "19999"]
+
+
 def test_a_rank_map_as_text() -> None:
     lines = text.rank_map(RANKS, "rank now").splitlines()
     assert lines == [

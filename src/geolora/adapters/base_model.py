@@ -1,6 +1,5 @@
 """A saved adapter over its base model, both loaded without running code that lies beside them."""
 
-import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from geolora.adapters.names import CONFIG, HUB_NAME
 from geolora.adapters.patterns import demand_quick
 from geolora.adapters.read import SavedAdapter, read_adapter, read_object
 from geolora.errors import AdapterError, first_line, shown
+from geolora.files import is_folder
 from geolora.pairs.find import PREFIX
 
 AUTO_CLASSES = {
@@ -171,7 +171,7 @@ def _base_name(saved: SavedAdapter, given: str | Path | None) -> str:
             f"{needed}, which climbs out of the folder it was written in. If that is the model, "
             "say so with `base`."
         )
-    if os.path.isdir(name):  # noqa: PTH112 - Path.is_dir raises for names that are too long
+    if is_folder(name):
         _check_model_folder(Path(name))
     elif not HUB_NAME.fullmatch(name):
         raise AdapterError(f"{needed}, which is neither. Say where it is with `base`.")

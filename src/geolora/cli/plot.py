@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from geolora.cli.terminal import say
-from geolora.errors import DataError
-from geolora.files import alone
+from geolora.errors import DataError, install
+from geolora.files import alone, exists, is_folder
 
 EXAMPLES = """examples:
   geolora plot out
@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
             drawn = draw_comparison(folder) if report is None else draw_run(folder, report)
         say(f"written: {', '.join([f'{folder}/report.html', *(path.name for path in drawn)])}")
     if not can_draw():
-        say("without figures: they need matplotlib; run: pip install 'geolora[plots]'")
+        say(f"without figures: they need matplotlib. Run: {install('plots')}")
 
 
 def draw_run(folder: Path, report: dict[str, Any]) -> list[Path]:
@@ -70,8 +70,8 @@ def _read(folder: Path) -> dict[str, Any] | None:
     """
     from geolora.report.shape import wrong_comparison, wrong_history, wrong_run
 
-    if not folder.is_dir():
-        what = "is a file" if folder.exists() else "does not exist"
+    if not is_folder(folder):
+        what = "is a file" if exists(folder) else "does not exist"
         raise DataError(f"plot: {folder} {what}. Give the output folder of a run or a comparison.")
     if (folder / "comparison.json").exists():
         summary = _json(folder / "comparison.json")

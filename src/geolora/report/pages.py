@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from geolora.errors import install
 from geolora.files import write_text
 from geolora.report import panels, view
 from geolora.report.clean import clean, read_clean, without_folders
@@ -192,6 +193,7 @@ def _templates() -> Environment:
         keep_trailing_newline=True,
         finalize=lambda value: value if isinstance(value, Markup) else clean(str(value)),
     )
+    environment.globals["install"] = install
     environment.tests["bad"] = lambda cell: isinstance(cell, view.Bad)
     return environment
 

@@ -110,7 +110,9 @@ def wrong_comparison(summary: Any) -> str | None:
 def _wrong(value: Any, shape: Any, path: str) -> str | None:
     """Where a value differs first from a shape: a type or several, {key: shape} or [shape]."""
     if not _fits(value, type(shape) if isinstance(shape, dict | list) else shape):
-        return f"`{path}` is of another type, or too large" if path else "it is of another type"
+        return f"`{path}` is of another type" if path else "it is of another type"
+    if _is_too_large(value):
+        return f"`{path}` is too large"
     if isinstance(shape, list):
         return _first(*(_wrong(v, shape[0], f"{path}[{i}]") for i, v in enumerate(value)))
     if isinstance(shape, dict):
@@ -127,12 +129,15 @@ def _wrong(value: Any, shape: Any, path: str) -> str | None:
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """isinstance, where True is no number, and what no figure could show is nothing."""
-    if isinstance(value, bool):
-        return kind is bool
-    if isinstance(value, int) and abs(value) >= LARGEST:
-        return False
-    return isinstance(value, kind) and not (isinstance(value, str) and len(value) > LONGEST)
+    """isinstance, where True is no number."""
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def _is_too_large(value: Any) -> bool:
+    """Whether no figure or table could show a number or text."""
+    if isinstance(value, str):
+        return len(value) > LONGEST
+    return isinstance(value, int) and abs(value) >= LARGEST
 
 
 def _first(*faults: str | None) -> str | None:

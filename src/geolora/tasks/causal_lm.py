@@ -18,6 +18,7 @@ from geolora.errors import (
     ModelError,
     SettingError,
     first_line,
+    install,
     listed,
     nearest,
 )
@@ -46,10 +47,7 @@ class CausalLM(Task):
     def read(self, config: TrainConfig) -> Data:
         """One input per row: {"text"}, {"prompt", "completion"} or {"messages"}."""
         if find_spec("trl") is None:
-            raise SettingError(
-                "`--task causal-lm` needs the package `trl`. Install geolora[lm]: "
-                "pip install 'geolora[lm]'."
-            )
+            raise SettingError(f"`--task causal-lm` needs the package `trl`. Run: {install('lm')}.")
         sides = [_inputs(config, flag) for flag in ("--train", "--eval")]
         if config.metric == "exact_match" and "text" in sides[1][0]:
             raise SettingError(

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from geolora.errors import DataError, SettingError, listed, nearest
+from geolora.errors import DataError, SettingError, install, listed, nearest, shown
+from geolora.files import is_file, is_folder
 from geolora.settings.train_config import TrainConfig
 from geolora.tasks.rows import classes
 from geolora.tasks.rows import column as column_of
@@ -51,8 +52,7 @@ class ImageClassification(Task):
         """Pictures as arrays (height, width[, 3]) uint8, or as (path, size of the file in bytes)."""
         if find_spec("PIL") is None:
             raise SettingError(
-                "`--task image-classification` needs the package `pillow`. Install geolora[images]: "
-                "pip install 'geolora[images]'."
+                f"`--task image-classification` needs the package `pillow`. Run: {install('images')}."
             )
         sides = [(flag, _pictures(config, flag)) for flag in ("--train", "--eval")]
         train, held_out = (
@@ -138,7 +138,7 @@ def upright(picture: Any) -> Any:
 
 def _pictures(config: TrainConfig, flag: str) -> Rows:
     path = Path(source_of(config, flag))
-    if path.is_dir():
+    if is_folder(path):
         rows = _of_folder(path, flag)
     elif path.name.endswith(".npz"):
         rows = _of_arrays(path, flag)
@@ -230,12 +230,12 @@ def _picture(number: int, image: Any, folder: Path, name: str) -> Any:
     from PIL import Image, UnidentifiedImageError
 
     if isinstance(image, str):
-        path = (folder / image).resolve()
-        if not path.is_file():
+        path = folder / image
+        if not is_file(path):
             raise DataError(
-                f"`--image`: row {number} of {name} names {image}, which does not exist."
+                f"`--image`: row {number} of {name} names {shown(image)[1:-1]}, which does not exist."
             )
-        return str(path), path.stat().st_size
+        return str(path.resolve()), path.stat().st_size
     try:
         if isinstance(image, dict) and image.get("bytes"):
             image = Image.open(io.BytesIO(image["bytes"]))

@@ -12,7 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from geolora.errors import DataError, first_line, listed, nearest, shown
+from geolora.errors import DataError, first_line, install, listed, nearest, shown
+from geolora.files import is_file, is_folder
 from geolora.tasks.csv_rows import Row, demand_once, lines_of, read_csv
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
@@ -38,10 +39,10 @@ def read_rows(source: str | Path, flag: str) -> list[Row]:
             loaded, or `datasets` is not installed.
     """
     path = Path(source)
-    if not path.is_file():
-        if HUB.match(str(source)) and not path.parent.is_dir():
+    if not is_file(path):
+        if HUB.match(str(source)) and not is_folder(path.parent):
             return _read_hub(str(source), flag)
-        folder = path.parent if path.parent.is_dir() else Path()
+        folder = path.parent if is_folder(path.parent) else Path()
         hint = nearest(path.name, [entry.name for entry in folder.iterdir()])
         raise DataError(f"`{flag}` must be a file; {path} does not exist.{hint}")
     if not path.name.endswith(SUFFIXES):
@@ -68,7 +69,7 @@ def _demand_datasets(flag: str) -> None:
     if find_spec("datasets") is None:
         raise DataError(
             f"`{flag}`: .parquet files and hub data sets need the package `datasets`. "
-            "Install geolora[data]."
+            f"Run: {install('data')}."
         )
 
 

@@ -14,6 +14,7 @@ from torch.utils.data import Subset
 
 from geolora.adapters.base_model import FAILURES, quietly
 from geolora.errors import DataError, ModelError, first_line
+from geolora.files import is_folder
 from geolora.processes import one_device
 from geolora.settings.train_config import TrainConfig
 from geolora.tasks.rows import class_names, read_rows
@@ -211,7 +212,7 @@ def loading(config: TrainConfig, load: Callable[[str], Any]) -> Any:
     """
     from pathlib import Path
 
-    source = str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model
+    source = str(Path(config.model).resolve()) if is_folder(config.model) else config.model
     try:
         with quietly():  # a new head is what we ask for, not news
             return load(source)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from geolora import processes
 from geolora.errors import ModelError, OutputError, SettingError, nearest, shown
+from geolora.files import is_folder
 from geolora.settings.train_config import DEFAULTS, LOGGERS, METRICS_OF, ONLY_FOR, TrainConfig
-from geolora.training.output_folder import check_output
+from geolora.training.output_folder import check_name, check_output
 from geolora.training.recipes import recipe_of
 from geolora.training.resume import refuse_changed, tidy, unfinished
 
@@ -93,16 +94,20 @@ def _check_task(config: TrainConfig) -> None:
 
 def _check_place(config: TrainConfig) -> None:
     """Refuse paths that cannot be written down, and an output among the files that are trained on."""
+    check_name(config.output, "`--output`")
     for name in ("model", "train", "eval"):
+        value = getattr(config, name)
         try:
-            getattr(config, name).encode()
+            usable = b"\0" not in value.encode()
         except UnicodeEncodeError:
+            usable = False
+        if not usable:
             raise SettingError(
-                f"`{_flag(name)}` must be a path in UTF-8; got {shown(getattr(config, name))}. Rename it."
-            ) from None
+                f"`{_flag(name)}` must be a path in UTF-8; got {shown(value)}. Rename it."
+            )
     for name in ("train", "eval"):
-        folder = Path(getattr(config, name)).resolve()
-        if folder.is_dir() and Path(config.output).resolve().is_relative_to(folder):
+        folder = Path(getattr(config, name))
+        if is_folder(folder) and Path(config.output).resolve().is_relative_to(folder.resolve()):
             raise OutputError(
                 f"`--output`: {config.output} lies in {folder}, which is read. Choose another folder."
             )

@@ -10,7 +10,7 @@ from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 
-from geolora.files import PROCESSOR
+from geolora.files import PROCESSOR, is_folder
 from geolora.settings.train_config import TrainConfig
 
 OF_BASE = (
@@ -40,7 +40,7 @@ def base_id(model: str) -> str:
     and, where it can be found out, the revision.
     """
     folder = Path(model)
-    if not folder.is_dir():
+    if not is_folder(folder):
         return _with_revision(model)
     every = (path for path in folder.iterdir() if path.is_file())
     read = sorted(p for p in every if any(fnmatchcase(p.name, name) for name in OF_BASE))
@@ -53,7 +53,7 @@ def base_id(model: str) -> str:
 def base_id_of_0_1(model: str) -> str:
     """The same as 0.1.0 wrote it down: sizes of all files of the folder, and how they begin."""
     folder = Path(model)
-    if not folder.is_dir():
+    if not is_folder(folder):
         return model
     result = hashlib.sha256()
     for path in sorted(path for path in folder.iterdir() if path.is_file()):

@@ -1,7 +1,6 @@
 """Output folders: refused where they exist, unless geolora wrote them; disk errors in one line."""
 
 import errno
-import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -9,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from geolora.errors import OutputError, first_line, shown
-from geolora.files import holds, is_empty, restore
+from geolora.files import exists, holds, is_empty, restore
 
 LONGEST_NAME = 200
 """Bytes; file systems take 255, of which what is written beside a folder needs some."""
@@ -35,7 +34,7 @@ def check_output(
         OutputError: it has no usable name, exists and may not be replaced, was not written by geolora,
             holds an input, or cannot be written.
     """
-    _check_name(str(output), "`--output`")
+    check_name(str(output), "`--output`")
     output = Path(output)
     restore(output.absolute())
     there = output.exists() and not is_empty(output)
@@ -47,7 +46,7 @@ def check_output(
         raise OutputError(f"`--output`: {output} is a file. Choose a folder.")
     resolved = output.resolve()
     for path in map(str, inputs):
-        if os.path.exists(path) and Path(path).resolve().is_relative_to(resolved):  # noqa: PTH110
+        if exists(path) and Path(path).resolve().is_relative_to(resolved):
             raise OutputError(f"`--output`: {output} holds {path}, which is read. Choose another.")
     if there and not holds(output, kind):
         raise OutputError(
@@ -63,7 +62,7 @@ def demand_writable(output: Path, flag: str = "`--output`") -> None:
     Args:
         output: need not exist. flag: where the user said it.
     """
-    _check_name(str(output), flag)
+    check_name(str(output), flag)
     place = output.absolute()
     parent = next(folder for folder in (place, *place.parents) if folder.exists())
     try:
@@ -75,7 +74,7 @@ def demand_writable(output: Path, flag: str = "`--output`") -> None:
         raise OutputError(f"{flag}: {output} {what}: {reason}. Choose another folder.") from error
 
 
-def _check_name(output: str, flag: str) -> None:
+def check_name(output: str, flag: str) -> None:
     """Refuse a name that no file system takes, or that cannot be written down in UTF-8."""
     try:
         longest = max(len(part.encode()) for part in ["", *Path(output).parts])
