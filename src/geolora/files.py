@@ -13,6 +13,7 @@ Whatever else lies in such a folder stays when geolora removes or replaces what 
 import contextlib
 import ctypes
 import json
+import math
 import os
 import shutil
 import sys
@@ -22,7 +23,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from geolora.errors import OutputError
+from geolora.errors import OutputError, shown
 
 LOCK = ".lock"
 """Held by the process that works in a folder."""
@@ -90,26 +91,54 @@ def is_file(path: str | Path) -> bool:
 # ---- files --------------------------------------------------------------------------------------
 
 
-def read_json(path: Path) -> Any:
+class KeyTwice(ValueError):
+    """A key that stands twice in an object, of which Python would take the second."""
+
+
+def read_json(path: Path, finite: bool = False) -> Any:
     """The value in a JSON file.
+
+    Args:
+        finite: refuse NaN and Infinity, which are not JSON, and numbers that would be infinite. Losses may be.
 
     Raises:
         OSError: it cannot be read.
         ValueError: it is not UTF-8, or not JSON (as `parse_json`).
     """
-    return parse_json(path.read_text(encoding="utf-8"))
+    return parse_json(path.read_text(encoding="utf-8"), finite)
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str, finite: bool = False) -> Any:
     """The value of a JSON text.
 
+    Args:
+        finite: as in `read_json`.
+
     Raises:
+        KeyTwice: an object has a key twice.
         ValueError: it is not JSON, or nested too deeply to be read (json raises RecursionError).
     """
+    numbers: dict[str, Any] = {"parse_constant": _finite, "parse_float": _finite} if finite else {}
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_with_keys_once, **numbers)
     except RecursionError as error:
         raise ValueError(str(error)) from error
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no finite number")
+    return value
+
+
+def _with_keys_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        seen: set[str] = set()
+        key = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise KeyTwice(f"the key {shown(key)} stands twice")
+    return result
 
 
 def write_json(path: Path, value: Any, indent: int | None = 2) -> None:

@@ -115,7 +115,7 @@ def read_adapter(path: str | Path) -> SavedAdapter:
 def read_object(file: Path) -> dict[str, Any]:
     """The object in a JSON file; raises `AdapterError`."""
     try:
-        value = read_json(file)
+        value = read_json(file, finite=True)
     except OSError as error:
         raise AdapterError(f"{file} cannot be read: {first_line(error)}.") from error
     except ValueError as error:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from geolora.errors import DataError, first_line, install, listed, nearest, shown
-from geolora.files import is_file, is_folder
+from geolora.files import KeyTwice, is_file, is_folder, parse_json
 from geolora.tasks.csv_rows import Row, demand_once, lines_of, read_csv
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
@@ -47,8 +47,9 @@ def read_rows(source: str | Path, flag: str) -> list[Row]:
         raise DataError(f"`{flag}` must be a file; {path} does not exist.{hint}")
     if not path.name.endswith(SUFFIXES):
         raise DataError(f"`{flag}` must end in {', '.join(SUFFIXES)}; got {path.name}.")
+    read = _reader_of(path, flag)
     try:
-        rows = _reader_of(path, flag)(path)
+        rows = read(path)
     except (ValueError, OSError, EOFError, csv.Error, zlib.error) as error:
         raise DataError(f"`{flag}`: {path} cannot be read: {first_line(error)}.") from error
     if not rows:
@@ -124,10 +125,6 @@ def without_bars() -> Iterator[None]:
 # ---- JSON ---------------------------------------------------------------------------------------
 
 
-class _Twice(ValueError):
-    """A key that stands twice in an object."""
-
-
 def _read_jsonl(path: Path) -> list[Row]:
     rows = []
     opened = gzip.open if path.name.endswith(".gz") else open
@@ -136,10 +133,10 @@ def _read_jsonl(path: Path) -> list[Row]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line, object_pairs_hook=_with_keys_once)
-            except _Twice as error:
-                raise ValueError(f"line {number} has the key {error} twice. Remove one") from error
-            except (ValueError, RecursionError) as error:
+                row = parse_json(line)
+            except KeyTwice as error:
+                raise ValueError(f"line {number}: {error}. Remove one") from error
+            except ValueError as error:
                 raise ValueError(f"line {number} is not JSON ({first_line(error)})") from error
             if not isinstance(row, dict):
                 raise ValueError(f"line {number} is not an object")
@@ -147,14 +144,6 @@ def _read_jsonl(path: Path) -> list[Row]:
                 _demand_whole(row, number)
             rows.append(row)
     return rows
-
-
-def _with_keys_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise _Twice(shown(next(key for key in keys if keys.count(key) > 1)))
-    return result
 
 
 def _demand_whole(row: Row, number: int) -> None:
