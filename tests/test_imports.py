@@ -92,7 +92,7 @@ TABLE = """
     tasks.causal_lm                  : errors processes settings tasks.answers tasks.chat_tokens tasks.rows tasks.task tasks.tokenizers
     tasks.chat_tokens                : errors tasks.tokenizers
     tasks.csv_rows                   : errors
-    tasks.image_classification       : errors files settings tasks.rows tasks.task
+    tasks.image_classification       : errors files settings tasks.csv_rows tasks.rows tasks.task
     tasks.metrics                    :
     tasks.rows                       : errors files tasks.csv_rows
     tasks.task                       : adapters errors files processes settings tasks.rows

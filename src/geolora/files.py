@@ -32,6 +32,9 @@ PARTIAL = ".partial"
 REPLACED = ".replaced"
 """Ends the name of a folder that another one takes the place of."""
 
+ALWAYS_UNPACKED = 2**28
+"""Bytes that any file may unpack to."""
+
 FILE: dict[str, Any] = {}
 """Stands for a file in the layouts below; any other value is what lies in a folder."""
 
@@ -86,6 +89,14 @@ def is_folder(path: str | Path) -> bool:
 def is_file(path: str | Path) -> bool:
     """Whether a file is there; False for a name that no system takes."""
     return os.path.isfile(path)
+
+
+def most_unpacked(path: Path) -> int:
+    """Bytes that what is in a compressed file may take: a hundred times its own size, or `ALWAYS_UNPACKED`.
+
+    Real rows and pictures shrink to a tenth at best; four megabytes of nothing but zeros are four gigabytes.
+    """
+    return max(ALWAYS_UNPACKED, 100 * path.stat().st_size)
 
 
 # ---- files --------------------------------------------------------------------------------------

@@ -94,7 +94,9 @@ def test_the_first_rows_of_a_folder_have_all_classes(config: TrainConfig, tmp_pa
     assert len(data.held_out) == 6
 
 
-def test_what_is_no_picture_is_refused(config: TrainConfig, tmp_path: Path) -> None:
+def test_what_is_no_picture_is_refused(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refused(source: object, match: str) -> None:
         with pytest.raises(DataError, match=match):
             training.load(dataclasses.replace(config, train=str(source)))
@@ -117,6 +119,18 @@ def test_what_is_no_picture_is_refused(config: TrainConfig, tmp_path: Path) -> N
     refused(tmp_path / "names.npz", "`names` of names.npz must have an entry per label; it has 2")
     np.savez(tmp_path / "names.npz", x=images, y=[0, 1, 2, 0], names=["up", "down", "up"])
     refused(tmp_path / "names.npz", "`names` of names.npz must differ")
+    np.save(tmp_path / "one.npy", images)
+    (tmp_path / "one.npy").rename(tmp_path / "npy.npz")
+    refused(tmp_path / "npy.npz", "npy.npz cannot be read")
+    np.savez(tmp_path / "none.npz", x=np.zeros((10**9, 0, 4), np.uint8), y=np.zeros(10**9, "V0"))
+    refused(tmp_path / "none.npz", r"must hold images \(n, height, width\)")
+    np.savez_compressed(tmp_path / "zeros.npz", x=np.zeros((2000, 40, 40), np.uint8), y=[0])
+    with monkeypatch.context() as small:
+        small.setattr("geolora.files.ALWAYS_UNPACKED", 2**20)
+        refused(
+            tmp_path / "zeros.npz",
+            "unpacks to more than a hundred times its size. Write it again with numpy.savez.",
+        )
     np.savez(tmp_path / "nan.npz", x=images, y=[0, 1, float("nan"), 0])
     refused(tmp_path / "nan.npz", "must hold one name or number per row; row 3 of nan.npz has nan")
     (tmp_path / "rows.jsonl").write_text(json.dumps({"image": "nowhere.png", "label": "up"}))

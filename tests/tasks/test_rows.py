@@ -70,6 +70,30 @@ def test_a_misspelt_file_is_not_looked_for_on_the_hub(tmp_path: Path, monkeypatc
         read_rows("data/train.json", "--train")
 
 
+@pytest.mark.parametrize("shape", ["zeros", "one value for all rows", "nothing in many rows"])
+def test_a_parquet_that_unpacks_to_gigabytes(
+    tmp_path: Path, shape: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compressed, in a dictionary, or as rows of nothing: a few kilobytes on disk."""
+    pa = pytest.importorskip("pyarrow", reason="the data extra is not installed")
+    from pyarrow import parquet
+
+    columns: dict = {
+        "zeros": {"text": ["0" * 2**20] * 8},
+        "one value for all rows": {
+            "text": pa.DictionaryArray.from_arrays([0] * 5000, ["0" * 4000])
+        },
+        "nothing in many rows": {"text": pa.nulls(200_000)},
+    }[shape]
+    parquet.write_table(pa.table(columns), tmp_path / "a.parquet", compression="zstd")
+    assert (tmp_path / "a.parquet").stat().st_size < 2**16
+    monkeypatch.setattr("geolora.files.ALWAYS_UNPACKED", 2**20)
+    with pytest.raises(
+        DataError, match=r"unpacks to more than a hundred times its size\. Write it"
+    ):
+        read_rows(tmp_path / "a.parquet", "--train")
+
+
 def test_a_torn_gz_is_one_line(tmp_path: Path) -> None:
     whole = bytearray(gzip.compress(("\n".join(json.dumps(r) for r in ROWS * 500)).encode()))
     whole[40:60] = bytes(20)
@@ -216,6 +240,10 @@ def test_a_line_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     """64 KB of gzip hold 64 MB: no more of it is read than a line may have."""
     with pytest.raises(DataError, match=r"line 2 has more than 33,554,432 characters"):
         read(tmp_path, "a.jsonl.gz", gzip.compress(b"{}\n" + b"x" * 2**26))
+    with monkeypatch.context() as small:
+        small.setattr("geolora.files.ALWAYS_UNPACKED", 2**16)
+        with pytest.raises(DataError, match=r"its size \(line 1,009\). Unpack it first"):
+            read(tmp_path, "a.jsonl.gz", gzip.compress(b"\n" * 2**16))
     monkeypatch.setattr("geolora.tasks.csv_rows.LONGEST_LINE", 100)
     assert len(read(tmp_path, "b.jsonl", '{"text": "' + "a" * 80 + '"}\n')) == 1
     for name in ("a.jsonl", "a.csv"):

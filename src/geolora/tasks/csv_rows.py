@@ -1,6 +1,7 @@
 """Rows of a CSV file, read so that no row is lost in another, and lines that are not endless."""
 
 import csv
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,18 +11,27 @@ from geolora.errors import DataWarning, shown
 
 LONGEST_LINE = 2**25
 """Characters of a line: a small .gz can hold one of any length."""
+ROW = 64
+"""Bytes that a row takes beside its texts, at least."""
+TOO_LARGE = "it unpacks to more than a hundred times its size"
 Row = dict[str, Any]
 
 
-def lines_of(file: Any) -> Iterator[str]:
+def lines_of(file: Any, most: float = math.inf) -> Iterator[str]:
     """The lines of an open text.
 
+    Args:
+        most: bytes they may take in memory, about.
+
     Raises:
-        ValueError: one is longer than `LONGEST_LINE`.
+        ValueError: one is longer than `LONGEST_LINE`, or all take more than `most`.
     """
-    number = 0
+    number = taken = 0
     while line := file.readline(LONGEST_LINE + 1):
         number += 1
+        taken += len(line) + ROW
+        if taken > most:
+            raise ValueError(f"{TOO_LARGE} (line {number:,}). Unpack it first")
         if len(line) > LONGEST_LINE:
             raise ValueError(f"line {number} has more than {LONGEST_LINE:,} characters")
         yield line

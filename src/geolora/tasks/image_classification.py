@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from geolora.errors import DataError, SettingError, install, listed, nearest, shown
-from geolora.files import is_file, is_folder
+from geolora.errors import DataError, SettingError, first_line, install, listed, nearest, shown
+from geolora.files import is_file, is_folder, most_unpacked
 from geolora.settings.train_config import TrainConfig
+from geolora.tasks.csv_rows import TOO_LARGE
 from geolora.tasks.rows import classes
 from geolora.tasks.rows import column as column_of
 from geolora.tasks.task import (
@@ -29,7 +30,7 @@ from geolora.tasks.task import (
 )
 
 UNREADABLE = (
-    EOFError, KeyError, MemoryError, OSError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error,
+    EOFError, KeyError, MemoryError, OSError, RuntimeError, TypeError, ValueError, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
 """What numpy and zipfile raise for a damaged .npz file."""
 PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -181,6 +182,8 @@ def _of_arrays(path: Path, flag: str) -> Rows:
     arrays = {}
     try:
         with path.open("rb") as opened_file, np.load(opened_file, allow_pickle=False) as file:
+            if sum(entry.file_size for entry in file.zip.infolist()) > most_unpacked(path):
+                raise ValueError(f"{TOO_LARGE}. Write it again with numpy.savez")
             for kind, known in ARRAYS[flag].items():
                 name = next((name for name in known if name in file.files), None)
                 if name is None:
@@ -190,13 +193,15 @@ def _of_arrays(path: Path, flag: str) -> Rows:
                     )
                 arrays[kind] = file[name]
             names = [str(name) for name in file["names"]] if "names" in file.files else None
+    except DataError:
+        raise
     except UNREADABLE as error:
-        raise DataError(f"`{flag}`: {path} cannot be read: {error}.") from error
+        raise DataError(f"`{flag}`: {path} cannot be read: {first_line(error)}.") from error
     images, labels = arrays["images"], arrays["labels"]
     flat = images.dtype == np.uint8 and (
         images.ndim == 3 or (images.ndim == 4 and images.shape[-1] == 3)
     )
-    if not flat or labels.shape != images.shape[:1] or not len(labels):
+    if not flat or labels.shape != images.shape[:1] or not images.size:
         raise DataError(
             f"`{flag}`: {path.name} must hold images (n, height, width) or (n, height, width, 3) of uint8 and "
             f"n labels; got {images.dtype} {images.shape} and {labels.shape}."

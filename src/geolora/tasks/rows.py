@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from geolora.errors import DataError, first_line, install, listed, nearest, shown
-from geolora.files import KeyTwice, is_file, is_folder, parse_json
-from geolora.tasks.csv_rows import Row, demand_once, lines_of, read_csv
+from geolora.files import KeyTwice, is_file, is_folder, most_unpacked, parse_json
+from geolora.tasks.csv_rows import ROW, TOO_LARGE, Row, demand_once, lines_of, read_csv
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
 HUB = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))??(?::(\w+(?:\[[^\]]*\])?))?$")
@@ -75,10 +75,27 @@ def _demand_datasets(flag: str) -> None:
 
 
 def _read_parquet(path: Path) -> list[Row]:
-    from pyarrow import parquet
+    from pyarrow import ArrowException, parquet
 
-    demand_once(parquet.read_schema(path).names)
-    return parquet.read_table(path).to_pylist()
+    most, rows, taken = most_unpacked(path), [], 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            demand_once(file.schema_arrow.names)
+            groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+            sizes = [max(1, group.total_byte_size) for group in groups]
+            if sum(sizes) + ROW * file.metadata.num_rows > most:
+                raise ValueError(f"{TOO_LARGE}. Write it again without compression")
+            # a value is at most as large as its group, and any number of rows may share it
+            for batch in file.iter_batches(max(1, min(1024, most // max([1, *sizes])))):
+                # a column may be a dictionary still, which every row of ours has a copy out of
+                whole = (getattr(c, "dictionary_decode", lambda c=c: c)() for c in batch.columns)
+                taken += sum(column.nbytes for column in whole) + ROW * batch.num_rows
+                if taken > most:
+                    raise ValueError(f"{TOO_LARGE}. Write it again without compression")
+                rows += batch.to_pylist()
+    except (ArrowException, ArithmeticError) as error:
+        raise ValueError(first_line(error)) from error
+    return rows
 
 
 def _read_hub(source: str, flag: str) -> list[Row]:
@@ -128,8 +145,9 @@ def without_bars() -> Iterator[None]:
 def _read_jsonl(path: Path) -> list[Row]:
     rows = []
     opened = gzip.open if path.name.endswith(".gz") else open
+    most = most_unpacked(path) if path.name.endswith(".gz") else math.inf
     with opened(path, "rt", encoding="utf-8-sig") as file:
-        for number, line in enumerate(lines_of(file), 1):
+        for number, line in enumerate(lines_of(file, most), 1):
             if not line.strip():
                 continue
             try:
