@@ -53,7 +53,7 @@ TABLE = """
     methods.*                        : kernels
     optim.*                          : errors methods pairs optim.adamw optim.base optim.buckets optim.saved_state
     optim.adamw                      :
-    optim.base                       : errors methods pairs optim.adamw optim.buckets optim.nonfinite optim.saved_state
+    optim.base                       : errors methods pairs optim.adamw optim.buckets optim.layout optim.nonfinite optim.saved_state
     optim.buckets                    : pairs
     optim.geolora                    : errors kernels pairs optim.base optim.buckets optim.geolora_step.across_layers optim.geolora_step.bucket_step optim.geolora_step.masters optim.geolora_step.rank_cycle optim.geolora_step.slot_widths optim.nonfinite optim.saved_state
     optim.geolora_step.across_layers : kernels methods optim.geolora_step.bucket_step optim.geolora_step.rank_cycle
@@ -61,6 +61,7 @@ TABLE = """
     optim.geolora_step.masters       : kernels pairs optim.buckets optim.geolora_step.rank_cycle optim.saved_state
     optim.geolora_step.rank_cycle    :
     optim.geolora_step.slot_widths   : optim.geolora_step.bucket_step
+    optim.layout                     : errors optim.buckets
     optim.lora                       : errors
     optim.lora_plus                  : errors optim.lora
     optim.nonfinite                  : errors
@@ -405,7 +406,7 @@ def test_every_optimizer_and_recipe_is_named_by_a_row() -> None:
     from geolora.methods import METHODS, resolve
     from geolora.training import peft_recipes, recipes
 
-    shared = {"__init__", "adamw", "base", "buckets", "nonfinite", "saved_state"}
+    shared = {"__init__", "adamw", "base", "buckets", "layout", "nonfinite", "saved_state"}
     files = {path.stem for path in (SRC / "optim").glob("*.py")} - shared
     named = [row.optimizer.partition(":")[0] for row in METHODS.values() if row.optimizer]
     assert {module.rpartition(".")[2] for module in named} == files

@@ -460,3 +460,81 @@ def test_what_is_no_pair_learns_in_half_precision(key: str, dtype: torch.dtype) 
             o.step()
         assert torch.equal(ours, theirs)
         assert (ours > 1.9).all()
+
+
+def reshaped(p: Tensor) -> None:
+    p.data = p.data.mT.contiguous()
+
+
+def longer(p: Tensor) -> None:
+    p.data = torch.cat([p.data, p.data])
+
+
+def narrower(p: Tensor) -> None:
+    p.data = p.data.float()
+
+
+@pytest.mark.parametrize(
+    "change, side, when",
+    [
+        (reshaped, "A", "between steps"),
+        (longer, "B", "between steps"),
+        (narrower, "A", "between steps"),
+        (longer, "A", "before the first step"),
+        (reshaped, "B", "after backward"),
+        (narrower, "B", "after backward"),
+    ],
+)
+def test_a_factor_that_was_exchanged_is_named(
+    make: Make, change: Callable[[Tensor], None], side: str, when: str
+) -> None:
+    """Another tensor under the same parameter, through `.data`: one line, and nothing moves."""
+    model = lora_net(r=3)
+    optimizer = make(model)
+    if when != "before the first step":
+        train(model, optimizer, 2)
+    backward(model)
+    kept = snapshot(model)
+    p = getattr(find_pairs(model)[1], side)
+    name = find_pairs(model)[1].name
+    change(p)
+    if when != "after backward":
+        p.grad = torch.ones_like(p)
+    with pytest.raises(
+        StateError, match=rf"step: shape, dtype and device .* {side} of `{name}` (had|was|has)"
+    ) as e:
+        optimizer.step()
+    assert str(e.value).isprintable()
+    for other, value in snapshot(model).items():
+        if model.get_parameter(other) is not p:
+            assert torch.equal(value, kept[other])
+
+
+def test_a_head_that_was_exchanged_is_refused(make: Make) -> None:
+    model = lora_net(r=3)
+    optimizer = make(model)
+    train(model, optimizer, 1)
+    head = next(
+        p for name, p in model.named_parameters() if "modules_to_save" in name and p.dim() == 2
+    )
+    reshaped(head)
+    head.grad = torch.ones_like(head)
+    with pytest.raises(
+        StateError, match=r"a parameter outside the pairs had the shape \(3, 10\), now \(10, 3\)"
+    ):
+        optimizer.step()
+
+
+def test_a_model_may_be_cast_as_a_whole_where_the_state_still_fits(make: Make) -> None:
+    model = lora_net(r=3)
+    optimizer = make(model)
+    model.float()  # before the first step: as a model is moved to a GPU
+    train(model, optimizer, 2, dtype=torch.float32)
+    model.bfloat16()
+    before = snapshot(model)
+    train(model, optimizer, 2, dtype=torch.bfloat16)
+    assert not same(before, snapshot(model))
+    model.double()
+    backward(model)
+    with pytest.raises(StateError, match=r"has a state torch.float32 on cpu, and is torch.float64"):
+        optimizer.step()

@@ -31,6 +31,7 @@ from geolora.optim.buckets import (
     pairs_of,
     stacked_gradients,
 )
+from geolora.optim.layout import Layout
 from geolora.optim.nonfinite import to_be_skipped, total
 from geolora.optim.saved_state import (
     Expected,
@@ -89,6 +90,7 @@ class LowRankOptimizer(torch.optim.Optimizer, ABC):
         # schedulers that cycle a momentum ask for these
         cycled = {key: settings[key] for key in ("momentum", "betas") if key in settings}
         super().__init__(groups, {"lr": settings["lr"], "rest_lr": rest_lr, **cycled})
+        self._layout.remember_shapes(self._paired())
 
     @abstractmethod
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -111,11 +113,12 @@ class LowRankOptimizer(torch.optim.Optimizer, ABC):
 
     def _forget(self) -> None:
         """Drop caches; they are rebuilt when needed."""
+        self._layout = Layout()
 
     # ---- pieces of a step ------------------------------------------------------------------------
 
     def _refuse_what_cannot_step(self, closure: None) -> None:
-        """Refuse a closure, and a step size that a scheduler or a program has made none."""
+        """Refuse a closure, a step size that is none any more, and parameters that have been exchanged through `.data`."""
         for group in self.param_groups:
             if not (group["lr"] >= 0 and math.isfinite(group["lr"])):
                 raise SettingError(
@@ -127,6 +130,7 @@ class LowRankOptimizer(torch.optim.Optimizer, ABC):
                 f"{type(self).__name__}.step: closures are not supported. Compute the loss and call "
                 "backward() before step(): the factors' gradients are read once, at the current point."
             )
+        self._layout.check(type(self).__name__, self.param_groups, self.state)
 
     def _paired(self) -> list[dict[str, Any]]:
         return [group for group in self.param_groups if group["kind"] != "rest"]

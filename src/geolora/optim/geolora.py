@@ -285,5 +285,6 @@ class GeoLoRA(LowRankOptimizer):
         return master_shapes(group, saved)
 
     def _forget(self) -> None:
+        super()._forget()
         self._masters: dict[int, Masters] = {}
         self._widths = SlotWidths()
