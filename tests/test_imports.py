@@ -110,7 +110,7 @@ TABLE = """
     training.peak_memory             :
     training.peft_recipes            : adapters errors pairs training.recipes
     training.recipes                 : adapters errors methods pairs settings starts trainer
-    training.resume                  : errors files processes settings training.checkpoints training.identity
+    training.resume                  : errors files processes settings training.checkpoints training.identity training.output_folder
     training.run                     : errors files processes settings starts tasks trainer training.batch_order training.check training.checkpoints training.clock training.identity training.output_folder training.peak_memory training.recipes training.resume
 """
 """Module : what it may import of ours: whole rooms (folders, or files at the top), and files of its own room.

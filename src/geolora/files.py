@@ -269,14 +269,17 @@ def alone(folder: Path, lock: str = LOCK) -> Iterator[None]:
 
 
 @contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
+def replacing(folder: Path, fresh: bool = False) -> Iterator[Path]:
     """Gives an empty folder to write an adapter into, which takes the place of another one at once.
 
     Where the block fails, `folder` is as before. Files in it that are not of an adapter stay in it. At
     every moment, a kill included, it holds the old adapter or the new one, never some of both.
 
+    Args:
+        fresh: whether an adapter that has come to be there is not to be replaced.
+
     Raises:
-        OutputError: it cannot be replaced, or another process is replacing it.
+        OutputError: it cannot or must not be replaced, or another process is replacing it.
     """
     folder = folder.resolve()
     restore(folder)
@@ -289,6 +292,8 @@ def replacing(folder: Path) -> Iterator[Path]:
     new = beside / f".{folder.name}{PARTIAL}"
     with alone(beside, f".{folder.name}{LOCK}"):
         _remove_ours(new)
+        if fresh and _has_adapter(folder):
+            raise OutputError(f"`--output`: {folder} exists. Choose another, or add --overwrite.")
         _refuse_if_in_use(folder)
         new.mkdir()
         try:

@@ -97,7 +97,7 @@ def export(
         SettingError: an unknown layout, or a rank that does not fit.
         OutputError: the folder cannot be replaced.
     """
-    return write(model, path, layout, rank, adapter_name, max_error, 0.0)
+    return write(model, path, layout, rank, adapter_name, max_error)
 
 
 @torch.no_grad()
@@ -108,12 +108,14 @@ def write(
     rank: int | None,
     adapter_name: str | None,
     max_error: float,
-    lost_before: float,
+    lost_before: float = 0.0,
+    fresh: bool = False,
 ) -> Export:
     """Export a model whose adapter had itself lost something of what was trained; else as `export`.
 
     Args:
         lost_before: the relative error of the export it was read from.
+        fresh: whether an adapter in the folder is not to be replaced.
     """
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors.torch import save_file
@@ -167,7 +169,7 @@ def write(
         )
     config = _exported_config(model, adapter_name, layers, layout)
     if is_first(model):
-        with replacing(done.path) as folder:
+        with replacing(done.path, fresh) as folder:
             (folder / PROBES).parent.mkdir()
             save_file(copies, folder / WEIGHTS, metadata={"format": "pt"})
             probes = {key: value for layer in layers for key, value in layer.probes().items()}

@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
     with naming_disk_errors(output):
         done = write(
             model, output, arguments.layout, arguments.rank, None, arguments.max_error,
-            lost_before=read_loss(saved.folder) or 0.0,
+            lost_before=read_loss(saved.folder) or 0.0, fresh=not arguments.overwrite,
         )  # fmt: skip
     used = max(done.ranks.values())
     say(

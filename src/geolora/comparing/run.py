@@ -19,7 +19,7 @@ import torch
 from geolora import processes
 from geolora.comparing.plan import Cell, Plan
 from geolora.comparing.summary import summarise
-from geolora.errors import GradientError, OutputError, SettingError, shown
+from geolora.errors import GradientError, SettingError
 from geolora.files import RUN, alone, is_empty, read_json, remove_written, write_json
 from geolora.settings.train_config import DEFAULTS, TrainConfig
 from geolora.tasks.task import Data, Rows
@@ -101,15 +101,14 @@ def split(data: Data, share: float) -> tuple[Data, Rows]:
 
 def _run(cell: Cell, data: Data, choice: Rows) -> dict[str, Any]:
     """Train one cell, or go on with it; a run that diverges has no scores and says why."""
-    if not unfinished(cell.config):
-        _begin(Path(cell.config.output))
+    config = _to_run(cell.config)
     result: dict[str, Any] = {
         "settings": _stored(cell.config),
         "data": _inputs(data, base_id(cell.config.model)),
         "failure": None,
     }
     try:
-        outcome = train(cell.config, data, choice)
+        outcome = train(config, data, choice)
     except GradientError as error:
         return {**result, "failure": str(error)}
     return {
@@ -122,14 +121,16 @@ def _run(cell: Cell, data: Data, choice: Rows) -> dict[str, Any]:
     }
 
 
-def _begin(folder: Path) -> None:
-    """Refuse a folder to train in that holds something else than a run."""
+def _to_run(config: TrainConfig) -> TrainConfig:
+    """A cell's settings to go on with, or to begin with, beside what a person may have put into its folder."""
+    folder = Path(config.output)
+    if unfinished(config):
+        return config
     remove_written(folder, RUN)
-    if folder.is_dir() and not is_empty(folder):
-        raise OutputError(
-            f"`output`: {folder} holds {shown(min(folder.iterdir()).name)}, which geolora did not write. "
-            "Move it away, and start the same command again."
-        )
+    if not folder.is_dir() or is_empty(folder):
+        return config
+    write_json(folder / "run.json", asdict(config))  # the folder is ours
+    return replace(config, overwrite=True)
 
 
 def _remove(plan: Plan, cell: Cell) -> None:

@@ -8,6 +8,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,7 @@ class Recipe:
                     f"{self.config.model} ({type(model).__name__}): {first_line(error)}."
                 ) from error
         peft_model.peft_config["default"].task_type = TaskType[kind] if kind else None
+        hold_statistics(peft_model)
         self.prepare(peft_model, batches)
         return peft_model
 
@@ -259,6 +261,18 @@ def adapted_layers(model: nn.Module, heads: list[str], rank: int) -> tuple[list[
             stacklevel=2,
         )
     return [name for name in found if name not in narrow], whole + narrow
+
+
+def hold_statistics(model: nn.Module) -> None:
+    """Keep batch normalisation at the base's running statistics, in training too: no adapter file holds them."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+            module.train = partial(_as_it_is, module)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _as_it_is(module: nn.Module, mode: bool = True) -> nn.Module:  # noqa: ARG001
+    return module
 
 
 def _sides(layer: Any) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from geolora.files import LOCK, RUN, alone, holds, read_json, remove_written, wr
 from geolora.settings.train_config import DEFAULTS, TrainConfig
 from geolora.training.checkpoints import any_sealed, latest
 from geolora.training.identity import base_id, base_id_of_0_1, run_id
+from geolora.training.output_folder import check_output
 
 MARK = "run.json"
 """Settings and data of the run of a folder; with report.json and no checkpoint beside it, the run has ended."""
@@ -77,13 +78,16 @@ def opened(config: TrainConfig, data_id: str) -> Iterator[Opened]:
         OutputError: checkpoints of another run, or another process works in the folder.
     """
     output, base = Path(config.output), base_id(config.model)
-    found = None if config.overwrite else _found(config, data_id, base)
-    now = found or Opened(None, run_id(config, data_id, base))
-    processes.wait_for_all()
     if processes.is_first():
         output.mkdir(parents=True, exist_ok=True)
     processes.wait_for_all()
     with alone(output) if processes.is_first() else nullcontext():
+        processes.wait_for_all()  # it is held: what is there now, also by a run that has ended since it was checked
+        found = None if config.overwrite else _found(config, data_id, base)
+        if found is None:
+            check_output(output, config.overwrite)
+        now = found or Opened(None, run_id(config, data_id, base))
+        processes.wait_for_all()
         if processes.is_first():
             if now.checkpoint is None:
                 # the mark is replaced, and there at every moment
