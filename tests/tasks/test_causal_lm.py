@@ -4,12 +4,13 @@ import dataclasses
 import gzip
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from geolora.errors import DataError, DataWarning, ModelError, SettingError
 from geolora.settings.train_config import TrainConfig
@@ -18,7 +19,7 @@ from geolora.tasks.causal_lm import CausalLM
 from geolora.tasks.chat_tokens import chat_tokens, checked_chat, pair_tokens
 from geolora.tasks.tokenizers import IGNORED
 from geolora.training import run as training
-from models import CHAT, tiny_llama
+from models import CHAT, tiny_bert, tiny_llama
 from rows import sums
 
 pytest.importorskip("trl")
@@ -37,6 +38,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_llama(tmp_path_factory.mktemp("llama") / "chat", chat=True)
+
+
+def tiny_headless_llama(folder: Path) -> Path:
+    """Saved as `AutoModel` has it."""
+    AutoModel.from_pretrained(tiny_llama(folder)).save_pretrained(folder)
+    return folder
 
 
 def write(path: Path, rows: list[dict]) -> str:
@@ -212,6 +219,23 @@ def test_what_cannot_be_learnt_is_refused(config: TrainConfig, tmp_path: Path) -
     refused(SettingError, "`--text-pair` belongs to --task text-classification", text_pair="other")
     text = write(tmp_path / "text.jsonl", [{"text": "the film"}])
     refused(SettingError, "`--metric exact_match` needs a prompt", eval=text, metric="exact_match")
+
+
+@pytest.mark.parametrize(
+    "make, line",
+    [
+        (tiny_bert, r"BertLMHeadModel\) a token sees those after it"),
+        (tiny_headless_llama, "saved without weights that LlamaForCausalLM needs: lm_head.weight"),
+    ],
+)
+def test_what_is_no_causal_model_is_refused(
+    make: Callable, line: str, config: TrainConfig, tmp_path: Path
+) -> None:
+    """A BERT read what it was to predict, and a new head was in no adapter: the score was another one's."""
+    with pytest.raises(ModelError, match=line) as error:
+        training.run(dataclasses.replace(config, model=str(make(tmp_path / "model"))))
+    assert "causal language model" in str(error.value)
+    assert not Path(config.output).exists()
 
 
 def test_an_answer_in_the_middle_may_look_another_way_than_the_last(chat_model: Path) -> None:

@@ -6,6 +6,7 @@ all tokens of a text, on the completion, or on what the assistant says.
 
 import gzip
 import warnings
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from geolora.errors import (
     DataWarning,
     ModelError,
     SettingError,
+    at_most_three,
     first_line,
     install,
     listed,
@@ -64,14 +66,15 @@ class CausalLM(Task):
 
         def load(source: str) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-            return tokenizer, AutoModelForCausalLM.from_pretrained(
-                source, dtype=config.dtype, trust_remote_code=False
+            return tokenizer, *AutoModelForCausalLM.from_pretrained(
+                source, dtype=config.dtype, trust_remote_code=False, output_loading_info=True
             )
 
-        tokenizer, model = loading(config, load)
+        tokenizer, model, info = loading(config, load)
+        longest = limit(tokenizer, model)
+        _demand_causal(model, longest, info["missing_keys"], config.model)
         model.config.use_cache = False  # with a cache packed rows would see each other
         pad(tokenizer, model, config)
-        longest = limit(tokenizer, model)
         tokenizer.model_max_length = max_length(tokenizer, model, config, MAX_LENGTH)
         chats = any("messages" in rows.inputs[0] for rows in (data.train, data.held_out))
         if chats and not tokenizer.chat_template:
@@ -142,6 +145,36 @@ class CausalLM(Task):
         if config.metric == "exact_match":
             return answer_all(model, loaded.processor, rows, config.max_new_tokens)
         return _likelihoods(model, loaded, _examples(loaded, rows, "--eval"))
+
+
+def _demand_causal(model: Any, longest: int, missing: Iterable[str], name: str) -> None:
+    """Refuse a model that reads what it is to predict, or whose head was never trained.
+
+    Raises:
+        ModelError: a token's logits depend on those after it, or weights are not in the checkpoint.
+    """
+    known = model.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(min(PROBE, longest), device=model.device)[None] % known
+    other = ids.clone()
+    other[0, -1] = 0
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            one, two = (model(input_ids=row).logits[0, :-1].double() for row in (ids, other))
+    finally:
+        model.train(training)
+    change = float((one - two).abs().max()) / max(float(one.abs().max()), 1e-30)
+    if not change <= 4 * torch.finfo(model.dtype).eps:
+        raise ModelError(
+            f"`--model`: in {name} ({type(model).__name__}) a token sees those after it (its logits change by "
+            f"{change:.1%}), so there is nothing to predict. Choose a causal language model."
+        )
+    if missing := sorted(missing):
+        raise ModelError(
+            f"`--model`: {name} was saved without weights that {type(model).__name__} needs: "
+            f"{at_most_three(missing)}. Choose a checkpoint of a causal language model, with its head."
+        )
 
 
 def _counting_on(trainer: Any) -> Any:
