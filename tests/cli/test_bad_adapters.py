@@ -175,7 +175,7 @@ FOLDERS: dict[str, tuple[Callable, str]] = {
     "method a number": (config(peft_type=7), "`peft_type` must be LORA; got 7."),
     "dora": (config(use_dora=True), "`use_dora` is set: DoRA rescales W0 + s B A with trained magnitudes, so the singular values of s B A are not those of the update."),
     "alora": (config(alora_invocation_tokens=[1]), "`alora_invocation_tokens` is set: aLoRA acts on some tokens only"),
-    "experts": (config(target_parameters=["w"]), "`target_parameters` is set: the factors of all experts"),
+    "experts": (config(target_parameters=["w"], r=1), "`target_parameters` is set: the factors of all experts"),
     "megatron": (config(megatron_config={"x": 1}, megatron_core="planted"), "`megatron_config` is set: a layer holds a part of its factors, and a module is imported by name"),
     "pissa": (config(init_lora_weights="pissa_niter_4"), "the start 'pissa_niter_4' changed the base weights, so s B A is not the whole update."),
     "weights empty": (cut(WEIGHTS, 0), "{f}/adapter_model.safetensors cannot be read"),

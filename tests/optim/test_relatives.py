@@ -136,7 +136,7 @@ def test_experts_are_separate_pairs() -> None:
 
 
 def test_experts_are_still_refused_by_geolora() -> None:
-    with pytest.raises(PairingError, match="experts and routers are no linear layers"):
+    with pytest.raises(PairingError, match="factors of all experts are interleaved"):
         geolora.GeoLoRA(with_experts())
 
 

@@ -1,10 +1,13 @@
 """Which layers are treated, and the reason where one is not."""
 
+from pathlib import Path
+
 import peft
 import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from torch import nn
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import geolora
 from geolora.errors import PairingError, SettingError, SetupError, UnpairedParametersWarning
@@ -215,3 +218,51 @@ def test_a_rank_above_the_classes_of_a_head_says_what_helps() -> None:
         SettingError, match=r"r=4 for 2 x 8 in `classifier`.*task_type in LoraConfig"
     ):
         find_pairs(model)
+
+
+def tiny_mixtral(folder: Path) -> Path:
+    config = MixtralConfig(
+        vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        intermediate_size=24, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "gate"], []])
+def test_a_router_is_an_ordinary_pair(targets: list[str], tmp_path: Path) -> None:
+    """It holds a matrix that no linear layer holds; peft wraps it as it wraps experts, of which it is one."""
+    source, ids = tiny_mixtral(tmp_path / "model"), torch.arange(20).reshape(2, 10)
+
+    def base() -> nn.Module:
+        return AutoModelForCausalLM.from_pretrained(source)
+
+    config = LoraConfig(
+        r=2, lora_alpha=2, target_modules=targets, target_parameters=["gate.weight"]
+    )
+    model = get_peft_model(base(), config)
+    optimizer = geolora.GeoLoRA(model, lr=1e-2)
+    routers = [f"model.layers.{i}.mlp.gate" for i in range(2)]
+    assert [pair.name for pair in find_pairs(model) if ".mlp." in pair.name] == routers
+    geolora.initialize_lora_one(model, [{"input_ids": ids, "labels": ids}])
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    geolora.prune(model, tail=0.1)
+    geolora.export(model, tmp_path / "adapter")
+    assert geolora.verify(tmp_path / "adapter").keys() >= set(routers)
+    loaded = peft.PeftModel.from_pretrained(base(), str(tmp_path / "adapter")).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            loaded(input_ids=ids).logits, model.eval()(input_ids=ids).logits, atol=1e-6, rtol=1e-5
+        )
+
+
+@pytest.mark.filterwarnings("ignore:.*rank_pattern keys did not match:RuntimeWarning")  # peft's own
+@pytest.mark.filterwarnings("ignore:.*alpha_pattern keys did not match:RuntimeWarning")
+def test_what_all_linear_takes_of_a_mixture_is_said(tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(tiny_mixtral(tmp_path))
+    model = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear"))
+    with pytest.raises(PairingError, match="experts out of .* where 'all-linear' takes them too"):
+        geolora.GeoLoRA(model)

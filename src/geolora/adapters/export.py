@@ -24,6 +24,7 @@ from geolora.pairs.find import (
     Pair,
     adapter_of,
     find_pairs,
+    lora_layers,
     unpaired_lora_layers,
 )
 from geolora.pairs.point import read_pair, slot_ranks
@@ -323,7 +324,16 @@ def _exported_config(model: Any, adapter_name: str, layers: list[_Layer], layout
     config.init_lora_weights = True
     config.eva_config = None
     config.inference_mode = True
-    config.target_modules = _target_modules(model, {layer.pair.name for layer in layers})
+    names = {layer.pair.name for layer in layers}
+    held = {  # a router's matrix, say, which no linear layer holds
+        name: f"{name}.{layer.parameter_name}"
+        for name, layer in lora_layers(model)
+        if name in names and hasattr(layer, "parameter_name")
+    }
+    config.target_modules = (
+        _target_modules(model, names - held.keys()) if names - held.keys() else None
+    )
+    config.target_parameters = sorted(held.values()) or None
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     if config.task_type is None:  # as peft saves it: which class the adapter is for
         kind = type(model.get_base_model())

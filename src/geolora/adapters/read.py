@@ -40,7 +40,6 @@ NOT_PAIRS = {
     "arrow_config": "Arrow routes tokens between several adapters",
     "kasa_config": "KaSA takes small singular values out of W0",
     "monteclora_config": "MonteCLoRA samples around its factors",
-    "target_parameters": "the factors of all experts are interleaved",
     "megatron_config": "a layer holds a part of its factors, and a module is imported by name",
 }
 """Setting of a LoraConfig → why an adapter that sets it is not W0 + s B A."""
@@ -279,6 +278,12 @@ def _read_pairs(
     for name in names:
         r, alpha = ranks.of(name, config["r"]), float(alphas.of(name, config["lora_alpha"]))
         scale = alpha / (r**0.5 if config.get("use_rslora") else r)
+        if config.get("target_parameters") and _are_experts(sides[name], r):
+            raise AdapterError(
+                f"{folder / CONFIG}: `target_parameters` is set: the factors of all experts of {shown(name)} are "
+                "interleaved, so the singular values of s B A are not those of the update. Use peft itself for this "
+                "adapter."
+            )
         pairs.append(_read_pair(file, name, sides[name], r, scale))
     largest = max(max(pair.d_in, pair.d_out, pair.A.shape[0]) for pair in pairs)
     for rank in (
@@ -291,6 +296,12 @@ def _read_pairs(
                 f"{SAVE_AGAIN}"
             )
     return pairs
+
+
+def _are_experts(both: dict[str, Tensor], rank: int) -> bool:
+    """Whether factors are those of several experts side by side, a rank for each; of one they are an ordinary pair."""
+    rows = both["A"].shape[0] if "A" in both and both["A"].dim() else 0
+    return rows > rank and rows % rank == 0
 
 
 def _in_order(name: str) -> list[str | int]:

@@ -10,7 +10,8 @@ This folder and `adapters/` are what knows PEFT; `training/` calls its methods.
 | Embedding                                                 | no: AdamW, with a warning        |
 | grouped convolution                                       | refused: block structure         |
 | DoRA and every other variant (QALoRA, aLoRA, KaSA, …)     | refused: not W0 + s B A          |
-| ParamWrapper (`target_parameters`, MoE experts)           | refused, but by RiemannianAdamW  |
+| ParamWrapper of a matrix (`target_parameters`, a router)  | yes: A (r, d_in), B (d_out, r)   |
+| ParamWrapper of MoE experts                               | refused, but by RiemannianAdamW  |
 | AdaLoRA                                                   | refused: three factors           |
 | tied pairs (shared storage)                               | refused: one matrix, two layers  |
 | FSDP2's DTensors                                          | gathered by optimizers, export, prune; refused by starts |
@@ -183,10 +184,10 @@ def _refuse(name: str, layer: Any, adapter: str, with_experts: bool) -> None:
     reason = None
     if hasattr(layer, "lora_E"):
         reason = "an AdaLoRA layer has three factors. Use LoraConfig instead of AdaLoraConfig"
-    elif isinstance(layer, ParamWrapper) and not with_experts:
+    elif isinstance(layer, ParamWrapper) and layer.num_experts > 1 and not with_experts:
         reason = (
-            "experts and routers are no linear layers. Name the layers in `target_modules` (for "
-            "'all-linear', peft adds them in some models), without `target_parameters`"
+            "the factors of all experts are interleaved. Leave the experts out of `target_parameters` and "
+            "of `target_modules`, where 'all-linear' takes them too"
         )
     elif layer.lora_variant.get(adapter) is not None:
         variant = type(layer.lora_variant[adapter]).__name__
