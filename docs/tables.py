@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
 from geolora.methods import METHODS, Method
 
+NO_CLASS = "transformers has no "
 MARK = re.compile(r"<!-- table: (\w+) -->")
 
 
@@ -75,13 +76,16 @@ def models() -> str:
     """What works with what."""
     found = json.loads((Path(__file__).parent / "what_works.json").read_text(encoding="utf-8"))
     tasks = list(dict.fromkeys(task for row in found.values() for task in row))
-    signs = {None: "", "works": "yes"}
+
+    def sign(told: str | None) -> str:
+        known = {None: "", "works": "yes"}
+        return known.get(told) or (
+            "" if told is None else "no class" if NO_CLASS in told else "refused"
+        )
+
     return _table(
         ("architecture", *tasks),
-        [
-            (name, *(signs.get(row.get(task), "no class") for task in tasks))
-            for name, row in found.items()
-        ],
+        [(name, *(sign(row.get(task)) for task in tasks)) for name, row in found.items()],
     )
 
 

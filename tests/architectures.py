@@ -28,6 +28,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
     "Electra": {**WIDE, "embedding_size": 32},
     "MPNet": {**WIDE, "pad_token_id": 1},
     "DistilBert": {"vocab_size": 64, "dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 48},
+    "Deberta": {**WIDE, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
     "DebertaV2": {**WIDE, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
     "Albert": {**WIDE, "embedding_size": 16},
     "ModernBert": {**WIDE, "cls_token_id": 2, "sep_token_id": 3},
@@ -48,6 +49,9 @@ DECODERS: dict[str, dict[str, Any]] = {
     "Falcon": {k: v for k, v in CAUSAL.items() if k != "head_dim"},
     "Mixtral": {**CAUSAL, **EXPERTS},
     "Qwen2Moe": {**CAUSAL, **EXPERTS, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
+    "DeepseekV3": {**CAUSAL, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+                   "moe_intermediate_size": 16, "first_k_dense_replace": 1, "q_lora_rank": 8, "kv_lora_rank": 8,
+                   "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16},
     "Mamba": {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "pad_token_id": 0},
 }  # fmt: skip
 BOTH_SIDES: dict[str, dict[str, Any]] = {
@@ -64,6 +68,7 @@ PICTURES: dict[str, dict[str, Any]] = {
     "ResNet": {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1], "layer_type": "basic"},
     "Swin": {"image_size": 16, "patch_size": 2, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2],
              "window_size": 4},
+    "MobileNetV2": {"depth_multiplier": 0.35, "image_size": 16},
 }  # fmt: skip
 LONG, TEXTS = 40, ("text", "other", "words", "tags", "prompt")
 """One row is so many times as long, beyond what any of the models holds."""
@@ -72,6 +77,7 @@ CELLS = [
     *((name, task) for name in ENCODERS for task in TEXT_TASKS),
     *((name, task) for name in DECODERS for task in (*TEXT_TASKS, "causal-lm")),
     *((name, task) for name in BOTH_SIDES for task in TEXT_TASKS),
+    *((name, "causal-lm") for name in ("Bert", "Roberta", "XLNet", "Bart")),
     *((name, "image-classification") for name in PICTURES),
 ]
 CONFIGS = {**ENCODERS, **DECODERS, **BOTH_SIDES, **PICTURES}

@@ -9,9 +9,9 @@ import pytest
 import torch
 from peft import PeftModel
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessorPil
 
-from geolora.errors import DataError
+from geolora.errors import DataError, ModelError
 from geolora.settings.train_config import TrainConfig
 from geolora.tasks.image_classification import _picture, opened
 from geolora.training import run as training
@@ -167,3 +167,12 @@ def test_damaged_exif_data_turn_nothing(tmp_path: Path) -> None:
     for number, exif in enumerate((b"Exif\0\0II*\0", b"Exif\0\0" + b"\xff" * 40, b"x")):
         image.save(tmp_path / f"{number}.png", exif=exif)
         assert opened((str(tmp_path / f"{number}.png"), 1)).size == (16, 16)
+
+
+@pytest.mark.parametrize("init", ["default", "lora-one"])
+def test_what_a_model_cannot_compute_is_one_line(
+    config: TrainConfig, tmp_path: Path, init: str
+) -> None:
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(config.model)
+    with pytest.raises(ModelError, match=r"cannot compute a batch .*\(32\*32\) doesn't match"):
+        training.run(dataclasses.replace(config, init=init, output=str(tmp_path / "other")))

@@ -1,11 +1,13 @@
 """PEFT's methods through `geolora train`: what is trained is what the file holds, for stock peft."""
 
 import dataclasses
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from peft import PeftModel
 from torch import nn
 from transformers import (
@@ -18,6 +20,7 @@ from transformers import (
 )
 
 import geolora
+from architectures import CONFIGS
 from geolora.adapters.truncate import TRUNCATED, truncate
 from geolora.errors import DivergedError, GeoloraWarning, ModelError, SettingError
 from geolora.methods import TRAINABLE
@@ -260,3 +263,22 @@ def test_a_model_of_convolutions_alone_gets_pairs_on_them(tmp_path: Path) -> Non
         for name, layer in ResNetForImageClassification(config).named_modules()
         if isinstance(layer, nn.Conv2d)
     }
+
+
+@pytest.mark.parametrize(
+    "name, kinds",
+    [
+        # peft would take `mlp.gate_proj` for a part of the experts
+        ("DeepseekV3", {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}),
+        ("Mamba", {"in_proj"}),
+        ("Qwen2Moe", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+    ],
+)
+def test_layers_that_an_adapter_would_miss_get_none(name: str, kinds: set[str]) -> None:
+    with torch.device("meta"):
+        config = getattr(transformers, f"{name}Config")(**CONFIGS[name])
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", GeoloraWarning)  # narrow ones
+        found, _ = adapted_layers(model, [], 2)
+    assert {layer.rpartition(".")[2] for layer in found} == kinds

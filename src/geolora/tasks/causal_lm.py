@@ -29,7 +29,17 @@ from geolora.settings.train_config import TrainConfig
 from geolora.tasks.answers import answer_all, prompts_of
 from geolora.tasks.chat_tokens import chat_tokens, checked_chat, pair_tokens
 from geolora.tasks.rows import without_bars
-from geolora.tasks.task import Data, Loaded, Predictions, Rows, Task, loading, rows_of, source_of
+from geolora.tasks.task import (
+    Data,
+    Loaded,
+    Predictions,
+    Rows,
+    Task,
+    loading,
+    naming_model_errors,
+    rows_of,
+    source_of,
+)
 from geolora.tasks.tokenizers import IGNORED, limit, max_length, pad
 
 MAX_LENGTH = 1024
@@ -71,9 +81,10 @@ class CausalLM(Task):
             )
 
         tokenizer, model, info = loading(config, load)
-        longest = limit(tokenizer, model)
-        _demand_causal(model, longest, info["missing_keys"], config.model)
         model.config.use_cache = False  # with a cache packed rows would see each other
+        longest = limit(tokenizer, model)
+        with naming_model_errors(config):
+            _demand_causal(model, longest, info["missing_keys"], config.model)
         pad(tokenizer, model, config)
         tokenizer.model_max_length = max_length(tokenizer, model, config, MAX_LENGTH)
         chats = any("messages" in rows.inputs[0] for rows in (data.train, data.held_out))

@@ -3,9 +3,10 @@
 import hashlib
 import json
 import re
+import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -224,6 +225,34 @@ def loading(config: TrainConfig, load: Callable[[str], Any]) -> Any:
             ) from error
         raise ModelError(
             f"`--model`: {config.model} cannot be loaded: {first_line(error)}.{_advice(source, error)}"
+        ) from error
+
+
+@contextmanager
+def naming_model_errors(config: TrainConfig, trainer: Any = None) -> Iterator[None]:
+    """Say in one line what a model's own code raises at the first batch it is given, before a step is made.
+
+    Its image processor makes pictures of another size, say, or it reads settings of a layer that an adapter wraps.
+
+    Args:
+        trainer: knows of the steps, where there can be any.
+
+    Raises:
+        ModelError: it cannot compute a batch. Other errors pass: a full disk, a lack of memory, one of later.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except FAILURES as error:
+        inside = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+        late = trainer is not None and trainer.state.global_step
+        if late or isinstance(error, OSError) or "forward" not in inside:
+            raise
+        raise ModelError(
+            f"`--model`: {config.model} cannot compute a batch: {type(error).__name__}: "
+            f"{first_line(error)}. Check that its tokenizer or image processor is the model's own, or choose another "
+            "model."
         ) from error
 
 

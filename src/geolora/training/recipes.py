@@ -7,6 +7,7 @@ optimizer of ours trains; what differs is a class: here for ours, in `peft_recip
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,8 +30,8 @@ JUDGE = 0.1
 CHAIN = 4
 """Adapters in RAC-LoRA's chain."""
 MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
-NOT_IN_MAMBA = ("out_proj", "conv1d")
-"""Layers of models of these types whose weights a kernel reads past the layer, so that peft refuses them."""
+NOT_IN_MAMBA = ("out_proj", "x_proj", "dt_proj", "conv1d")
+"""Layers of models of these types whose weights are read past the layer, and so past an adapter."""
 Batches = Callable[[int, int], list[Any]]
 """(rows per batch, number) -> tokenised training batches, fewer where the data ends."""
 
@@ -247,6 +248,9 @@ def adapted_layers(model: nn.Module, heads: list[str], rank: int) -> tuple[list[
     found = {
         name: module for name, module in rest.items() if isinstance(module, nn.Linear | Conv1D)
     }
+    for name in _taken_for_experts(model, list(found)):
+        whole.append(name)
+        del found[name]
     if not found:
         convolutions = ((n, module) for n, module in rest.items() if isinstance(module, nn.Conv2d))
         found = {name: module for name, module in convolutions if module.groups == 1}
@@ -273,6 +277,21 @@ def hold_statistics(model: nn.Module) -> None:
 
 def _as_it_is(module: nn.Module, mode: bool = True) -> nn.Module:  # noqa: ARG001
     return module
+
+
+def _taken_for_experts(model: nn.Module, names: list[str]) -> set[str]:
+    """Layers that peft would leave for the experts of a mixture, which once had their names.
+
+    They are those of a shared expert, or of a block without experts between blocks that have some.
+    """
+    from peft import LoraConfig
+
+    tried = LoraConfig(target_modules=names)
+    with suppress(ImportError):  # an older peft leaves none
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+        convert_peft_config_for_transformers(tried, model, None)
+    return set(names) - set(tried.target_modules or ())
 
 
 def _sides(layer: Any) -> tuple[int, int]:

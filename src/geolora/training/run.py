@@ -21,7 +21,7 @@ from geolora.starts.gradient_pass import without_gradient
 from geolora.tasks.causal_lm import CausalLM
 from geolora.tasks.image_classification import ImageClassification
 from geolora.tasks.metrics import score
-from geolora.tasks.task import Data, Loaded, Rows, Task
+from geolora.tasks.task import Data, Loaded, Rows, Task, naming_model_errors
 from geolora.tasks.text_classification import TextClassification, TextRegression
 from geolora.tasks.token_classification import TokenClassification
 from geolora.trainer import log_ranks, progress_callback
@@ -115,10 +115,11 @@ def train(
         progress = progress_callback()
         trainer = _trainer(ready, clock, checkpoints, progress)
         _expect_unused(ready, trainer)
-        recipe.begin(model, ready.batches, resumed=checkpoint is not None)
-        processes.own_dropout(config.seed)
-        with closing(progress):
-            _fit(ready, trainer, checkpoints, checkpoint)
+        with naming_model_errors(config, trainer):
+            recipe.begin(model, ready.batches, resumed=checkpoint is not None)
+            processes.own_dropout(config.seed)
+            with closing(progress):
+                _fit(ready, trainer, checkpoints, checkpoint)
 
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
