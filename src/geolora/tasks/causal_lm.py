@@ -76,9 +76,10 @@ class CausalLM(Task):
 
         def load(source: str) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-            return tokenizer, *AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source, dtype=config.dtype, trust_remote_code=False, output_loading_info=True
             )
+            return tokenizer, *loaded
 
         tokenizer, model, info = loading(config, load)
         model.config.use_cache = False  # with a cache packed rows would see each other
