@@ -49,7 +49,7 @@ DECODERS: dict[str, dict[str, Any]] = {
     "Falcon": {k: v for k, v in CAUSAL.items() if k != "head_dim"},
     "Mixtral": {**CAUSAL, **EXPERTS},
     "Qwen2Moe": {**CAUSAL, **EXPERTS, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
-    "DeepseekV3": {**CAUSAL, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+    "DeepseekV3": {**CAUSAL, "head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
                    "moe_intermediate_size": 16, "first_k_dense_replace": 1, "q_lora_rank": 8, "kv_lora_rank": 8,
                    "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16},
     "Mamba": {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "pad_token_id": 0},

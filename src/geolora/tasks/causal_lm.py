@@ -179,8 +179,8 @@ def _demand_causal(model: Any, longest: int, missing: Iterable[str], name: str) 
     change = float((one - two).abs().max()) / max(float(one.abs().max()), 1e-30)
     if not change <= 4 * torch.finfo(model.dtype).eps:
         raise ModelError(
-            f"`--model`: in {name} ({type(model).__name__}) a token sees those after it (its logits change by "
-            f"{change:.1%}), so there is nothing to predict. Choose a causal language model."
+            f"`--model`: in {name} ({type(model).__name__}) a token sees those after it, so there is "
+            "nothing to predict. Choose a causal language model."
         )
     if missing := sorted(missing):
         raise ModelError(
