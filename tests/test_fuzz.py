@@ -7,22 +7,29 @@ import csv
 import io
 import json
 import pickle
+import re
 import shutil
 import tempfile
 import warnings
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from datetime import timedelta
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import geolora
+import pages
+from geolora.adapters.card import model_card
+from geolora.cli.__main__ import main
+from geolora.cli.terminal import say
 from geolora.comparing.plan import read_plan
-from geolora.errors import DataWarning, GeoloraError
+from geolora.errors import DataWarning, GeoloraError, GeoloraWarning
 from geolora.settings.other_tools import OURS, meant
 from geolora.settings.strict_yaml import as_yaml, read_yaml, settings_of
 from geolora.settings.train_config import TrainConfig
@@ -31,7 +38,7 @@ from geolora.tasks.rows import class_names, classes, numbers, read_rows
 from geolora.training import run as training
 from geolora.training.check import check
 from geolora.training.checkpoints import flaw, latest, seal
-from models import lora_net
+from models import Net, lora_net
 
 LIMITS = {
     "deadline": timedelta(seconds=20),
@@ -68,6 +75,8 @@ def one_line(call: Callable[[], Any]) -> None:
         text = str(error)
         assert text
         assert len(text.splitlines()) == 1, text
+        assert text.isprintable()
+        assert len(text) < 1500
 
 
 class Trap:
@@ -267,6 +276,81 @@ def test_arrays_that_are_pickles_are_not_read(tmp_path: Path) -> None:
     one_line(lambda: load_rows(path, "image-classification"))
 
 
+@settings(max_examples=100, **LIMITS)
+@given(EDITS)
+def test_parquet(tmp_path: Path, edits: list) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet", reason="the data extra is not installed")
+    import pyarrow
+
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist([ROWS["text-classification"]] * 3), path)
+    path.write_bytes(damaged(path.read_bytes(), edits))
+    one_line(lambda: read_rows(path, "--train"))
+
+
+# ---- names that are not ours --------------------------------------------------------------------
+
+EVIL = st.text(max_size=20) | st.sampled_from(
+    [
+        "\x1b[31m", "a\nlicense: mit", "---", "x: y", "<script>", "`|", "../../x", "null", "gpt2", "org/name", "C:\\x",
+        "\ud800", "\u202e", " #", "'", '"', "{}", "&a", "*a", "!!x", "%TAG", "con", "a" * 300, "/tmp", ".", "",
+    ]
+)  # fmt: skip
+
+
+@settings(max_examples=250, **LIMITS)
+@given(EVIL | VALUES, st.lists(EVIL, max_size=3), st.lists(EVIL, max_size=2))
+def test_cards(base: Any, layers: list[str], others: list[str]) -> None:
+    """Read back, the head has our keys and no others, and a layer is a row."""
+    card = model_card(base, "in a form", dict.fromkeys(layers, 3), 7, 8, others)
+    assert card.isascii() or card.encode()
+    start, head, body = card.split("---\n", 2)
+    known = yaml.safe_load(head)
+    published = {"base_model": base} if "base_model" in known else {}
+    assert (start, known) == (
+        "",
+        {**published, "library_name": "peft", "tags": ["lora", "geolora"]},
+    )
+    assert not published or "/tmp" not in base
+    lines = body.splitlines()
+    assert lines[1].startswith("# LoRA adapter for ")
+    assert [line for line in lines if line.startswith("#")] == [lines[1]]
+    table = lines[lines.index("|---|---|") + 1 :]
+    assert len(table) == len(set(layers))
+    assert all(re.fullmatch(r"\| `[^`|<>]*` \| 3 \|", row) for row in table)
+    assert not {"<", ">"} & {*body}
+
+
+@settings(max_examples=200, **LIMITS)
+@given(EVIL, EVIL)
+def test_names_of_a_comparison(tmp_path: Path, task: str, method: str) -> None:
+    """A run lies in its own folder of its task's folder, wherever that is."""
+    path = tmp_path / "plan.yaml"
+    path.write_text(
+        json.dumps({"output": "out", "tasks": {task: {}}, "methods": {method: {"method": "lora"}}})
+    )
+
+    def take() -> None:
+        (cell,) = read_plan(path).cells
+        place = PurePosixPath(cell.name)
+        assert place.parts == (task, method, "lr-default", "seed-0")
+        assert PureWindowsPath(cell.name).parts == place.parts
+        assert cell.name.isprintable()
+        (tmp_path / "runs" / cell.name).mkdir(parents=True, exist_ok=True)
+
+    one_line(take)
+
+
+@settings(max_examples=200, **LIMITS)
+@given(st.lists(EVIL | VALUES, max_size=4))
+def test_lines_of_a_terminal(values: list) -> None:
+    file = io.StringIO()
+    say(*values, to=file)
+    lines = file.getvalue().split("\n")[:-1]
+    assert len(lines) == max(1, len(values))
+    assert all(line.isprintable() for line in lines)
+
+
 # ---- adapters and checkpoints -------------------------------------------------------------------
 
 
@@ -292,6 +376,97 @@ def test_adapters(adapter: Path, name: str, edits: list) -> None:
         before = sorted(path.name for path in copy.rglob("*"))
         one_line(lambda: geolora.inspect(copy))
         assert sorted(path.name for path in copy.rglob("*")) == before
+
+
+PATTERNS = st.lists(
+    st.sampled_from(["first", "second", "down", ".", "(", ")", "*", "+", "|", "[a-z]", "^", "$", "\\w", "{2}", "?", "!"]),
+    max_size=6,
+).map("".join)  # fmt: skip
+SETTINGS_OF_PEFT = st.sampled_from(
+    ["rank_pattern", "alpha_pattern", "target_modules", "modules_to_save", "layers_pattern", "r", "lora_alpha",
+     "layer_replication", "base_model_name_or_path", "init_lora_weights", "bias", "task_type", "use_rslora"]
+)  # fmt: skip
+
+
+@settings(max_examples=150, **LIMITS)
+@given(
+    st.dictionaries(
+        SETTINGS_OF_PEFT | EVIL,
+        VALUES | EVIL | PATTERNS | st.dictionaries(PATTERNS, st.integers(1, 9)),
+        max_size=3,
+    )
+)
+def test_configs_of_adapters(
+    adapter: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any]
+) -> None:
+    """Whatever is in adapter_config.json: a result or a line, in seconds, and every warning a line."""
+    monkeypatch.setattr("geolora.adapters.patterns.LIMIT", 2.0)
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "adapter"
+        shutil.copytree(adapter, copy)
+        config = {**json.loads((copy / "adapter_config.json").read_text()), **changed}
+        (copy / "adapter_config.json").write_text(json.dumps(config))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            one_line(lambda: geolora.inspect(copy) and geolora.verify(copy, Net().double()))
+        ours = [w.message for w in caught if isinstance(w.message, GeoloraWarning)]
+        assert all(str(message).isprintable() for message in ours)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run and a comparison, with their JSON files."""
+    folder = tmp_path_factory.mktemp("written")
+    for name, make in (("run", pages.run), ("comparison", pages.comparison)):
+        (folder / name).mkdir()
+        make(folder / name)
+    return folder
+
+
+def places(value: Any, here: tuple = ()) -> list[tuple]:
+    """Where something stands in a JSON value."""
+    inner = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
+    return [here, *(place for key, one in inner for place in places(one, (*here, key)))]
+
+
+@settings(max_examples=120, **LIMITS)
+@given(
+    st.sampled_from(["run/report", "run/history", "run/run", "comparison/comparison"]),
+    st.floats(0, 1),
+    VALUES | EVIL | st.sampled_from([10**400, -(10**30), 1e308, float("nan")]),
+)
+def test_pages_of_odd_numbers_and_names(
+    written: Path, monkeypatch: pytest.MonkeyPatch, name: str, share: float, new: Any
+) -> None:
+    """`plot` without figures: it ends with a page or a line."""
+    monkeypatch.setattr("geolora.report.figures.find_spec", lambda _: None)
+    file = written / f"{name}.json"
+    whole = file.read_text()
+    value = json.loads(whole)
+    every = places(value)[1:]
+    *outer, last = every[int(share * (len(every) - 1))]
+    inner = value
+    for key in outer:
+        inner = inner[key]
+    inner[last] = new
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        file.write_text(json.dumps(value))
+        with redirect_stdout(out), redirect_stderr(err):
+            code = main(["plot", str(file.parent)])
+    finally:
+        file.write_text(whole)
+    assert code in (0, 2)
+    assert len(err.getvalue().splitlines()) == (1 if code else 0), err.getvalue()
+    assert all(
+        line.isprintable() for line in (*out.getvalue().splitlines(), err.getvalue().strip())
+    )
 
 
 @settings(max_examples=150, **LIMITS)

@@ -116,6 +116,10 @@ class CheckpointWarning(GeoloraWarning):
     """A checkpoint was refused, or one is saved because the run was asked to stop."""
 
 
+LONGEST_REASON = 400
+"""Characters of what another library says."""
+
+
 def escaped(text: str, also: str = "") -> str:
     """Text on one line that moves no cursor and colours nothing: what does not print is shown as `\\x1b` or `\\n`.
 
@@ -167,7 +171,8 @@ def shown(value: object) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception of another library says, on one line, without a full stop; its class where it says nothing."""
+    """What an exception of another library says, on one line that has an end, without a full stop; else its class."""
     lines = str(error).strip().splitlines()
     text = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])
-    return re.sub(r"\s+", " ", text).rstrip(".") or type(error).__name__
+    text = re.sub(r"\s+", " ", text).rstrip(".") or type(error).__name__
+    return text if len(text) <= LONGEST_REASON else f"{text[: LONGEST_REASON - 1]}…"

@@ -359,6 +359,7 @@ def test_a_thought_may_be_shown_at_the_end_only(chat_model: Path) -> None:
         (talk(content="good", weight=0.5), "row 1: message 2: `weight` must be 0 or 1; got 0.5"),
         (talk(content=[{"type": "text", "text": "good"}]), "message 2 must have text as `content`; got [{"),
         ({"messages": [*talk(content="a")["messages"], "b"]}, "must have `messages` [{role, content}"),
+        ({"mesages": []}, "must have `messages` [{role, content}, …]; got None"),
         ({"messages": [{"role": None, "content": "a"}]}, "message 1 must have a `role`; got None"),
         ({**talk(content="a"), "tools": "[]"}, "`tools` must be a list of objects; got '[]'"),
         ({**talk(content="a"), "functions": [{}]}, "has `functions`, which no template is given"),

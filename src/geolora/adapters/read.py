@@ -13,6 +13,8 @@
 | other methods, DoRA and other variants, `megatron_core` | refused: not W0 + s B A            |
 | pissa, olora, corda, loftq, lora_ga without conversion | refused: W0 is another              |
 | factors that are missing, misshapen or not finite      | refused, by name                    |
+| patterns that take seconds to match, or are too many   | refused, by name                    |
+| a key twice, NaN or Infinity in a JSON file            | refused                             |
 """
 
 import dataclasses

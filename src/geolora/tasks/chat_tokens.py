@@ -42,7 +42,7 @@ def checked_chat(row: dict[str, Any], where: str) -> dict[str, Any]:
     Raises:
         DataError: what is no chat; an answer that says nothing; a column that would be left out.
     """
-    given, tools = row["messages"], row.get("tools")
+    given, tools = row.get("messages"), row.get("tools")
     if not isinstance(given, list) or not all(isinstance(m, dict) for m in given):
         raise DataError(f"{where} must have `messages` [{{role, content}}, …]; got {shown(given)}.")
     messages = [_checked_message(m, f"{where}: message {i}") for i, m in enumerate(given, 1)]
