@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from geolora.pairs.point import balanced_maps, read_pair, slot_lengths, slot_ranks, to_pair
+from geolora.pairs.point import balanced_gauge, read_pair, slot_lengths, slot_ranks, to_pair
 from tolerances import bound, difference
 
 D_OUT, D_IN, R = 9, 13, 5
@@ -85,10 +85,12 @@ def test_balanced_pairs_and_their_maps(dtype: torch.dtype, scale: float) -> None
     assert A[3].norm() == pytest.approx(1.0)
     ratio = A.norm(dim=1)[:3] / B.norm(dim=0)[:3]
     assert ratio.tolist() == pytest.approx([1.0, 1.0, 4.0])
-    right, left = balanced_maps(s, *slot_lengths(sigma, s, settled))
+    gauge = balanced_gauge(torch.eye(R).double(), s, *slot_lengths(sigma, s, settled))
+    assert torch.equal(gauge.in_A.mT @ V.mT, A)
+    assert torch.equal(U @ gauge.in_B, B)
     G = normal(D_OUT, D_IN, seed=3)
     rounded_A, rounded_B = A.to(dtype).double(), B.to(dtype).double()
-    K, L = (scale * G @ rounded_A.mT) * right, (scale * rounded_B.mT @ G).mT * left
+    K, L = (scale * G @ rounded_A.mT) @ gauge.right, (scale * rounded_B.mT @ G).mT @ gauge.left
     limit = bound(dtype, D_IN)
     assert difference(K, G @ V) < limit
     assert difference(L, G.mT @ U) < limit

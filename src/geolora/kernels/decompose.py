@@ -64,6 +64,33 @@ def _spectral_root(gram: Tensor, tolerance: float) -> Tensor:
     return W * torch.where(keep, values.rsqrt(), 0.0).unsqueeze(-2)
 
 
+def polar(matrices: Tensor) -> Tensor:
+    """The orthogonal matrices (N, n, n) nearest to given ones: P R^T of P diag(t) R^T.
+
+    Args:
+        matrices: (N, n, n), float64. What a singular one sends to zero is turned anyhow, the same on every process.
+
+    Precision:
+        Orthogonal to 1e-14. On the CPU eigenvalues of M^T M are taken where t is above 1e-5 of the largest, and
+        what they leave of 1e-6 is polished away.
+    """
+    if matrices.device.type != "cpu":
+        return _polar_by_svd(matrices)
+    squares, W = eigh(matrices.mT @ matrices)
+    Q = matrices @ (W * squares.clamp(min=1e-300).rsqrt().unsqueeze(-2)) @ W.mT
+    for _ in range(2):
+        Q = 1.5 * Q - 0.5 * Q @ (Q.mT @ Q)
+    poor = ~(squares[..., 0] > 1e-10 * squares[..., -1])
+    if bool(poor.any()):
+        Q[poor] = _polar_by_svd(matrices[poor])
+    return Q
+
+
+def _polar_by_svd(matrices: Tensor) -> Tensor:
+    P, _, Rt = torch.linalg.svd(matrices)
+    return P @ Rt
+
+
 def leading_eigenvectors(gram: Tensor, count: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest eigenvalues (N, k), descending, and their vectors (N, n, k).
 

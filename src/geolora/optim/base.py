@@ -62,6 +62,8 @@ class LowRankOptimizer(torch.optim.Optimizer, ABC):
     """What `_own` puts into a param group."""
     same_names: ClassVar[bool] = False
     """Whether a state is of layers of the same names, because numbers depend on them."""
+    newer: ClassVar[tuple[str, ...]] = ()
+    """What states that version 0.1.0 saved lack."""
 
     def __init__(
         self,
@@ -207,6 +209,7 @@ class LowRankOptimizer(torch.optim.Optimizer, ABC):
             self.same_names,
             self._shapes,
             self.holder,
+            self.newer,
         )
 
     def _demand(self, name: str, value: object, met: bool, condition: str) -> None:

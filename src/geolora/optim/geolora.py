@@ -11,13 +11,18 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from geolora.errors import SettingError
 from geolora.kernels.tangent import norm
 from geolora.optim.base import LowRankOptimizer
 from geolora.optim.buckets import pairs_of
-from geolora.optim.geolora_step.across_layers import judge_all, shrink_factor, solve_small_problems
+from geolora.optim.geolora_step.across_layers import (
+    judge_all,
+    shrink_factor,
+    solve_small_problems,
+    turn_slots,
+)
 from geolora.optim.geolora_step.bucket_step import BucketStep, alike
 from geolora.optim.geolora_step.masters import Masters, master_shapes
 from geolora.optim.geolora_step.rank_cycle import phase_of
@@ -25,7 +30,7 @@ from geolora.optim.geolora_step.slot_widths import SlotWidths
 from geolora.optim.nonfinite import total
 from geolora.optim.saved_state import Shapes
 from geolora.pairs.find import Pair, check_budget, find_pairs
-from geolora.pairs.point import balanced_maps, slot_lengths
+from geolora.pairs.point import Gauge, balanced_gauge, slot_lengths
 
 MOMENTS = ("adaptive", "momentum", "none")
 DEFAULT_LR = {"adaptive": 7e-3, "momentum": 1e-2, "none": 1e-1}
@@ -97,6 +102,7 @@ class GeoLoRA(LowRankOptimizer):
     kind = "geometric"
     keeps = ("ranks", "cost", "unit", "steps", "settled")
     same_names = True  # probes are drawn by them
+    newer = ("turn",)
 
     def __init__(
         self,
@@ -223,7 +229,8 @@ class GeoLoRA(LowRankOptimizer):
         4. weigh: what each direction gains is added up, where a budget is shared out by it.
         5. solve: the 2r x 2r problems of all layers give the new points, capped at r.
         6. judge: where the cycle says so, ranks are cut by tail and budget.
-        7. write: U, sigma, V, the momentum, and A and B, with a probe where ranks grow.
+        7. write: U, sigma, V, the momentum, and A and B, with a probe where ranks grow; slots are turned to where they
+           were.
         """
         self._refuse_what_cannot_step(closure)
         steps = self._read()
@@ -259,7 +266,7 @@ class GeoLoRA(LowRankOptimizer):
         return steps
 
     def _write(self, steps: list[BucketStep]) -> None:
-        """The new masters and momentum, and A and B; lengths of slots are found for all buckets alike at once."""
+        """The new masters and momentum, and A and B; lengths and turns are found for all buckets alike at once."""
         for same in alike(steps):
             for step in same:
                 step.state["sigma"].copy_(step.sigma())
@@ -267,11 +274,13 @@ class GeoLoRA(LowRankOptimizer):
             scale, settled = (torch.cat(rows) for rows in zip(*constants, strict=True))
             sigma = torch.cat([step.state["sigma"] for step in same])
             lengths = slot_lengths(sigma, scale, settled)
-            stacks: tuple[Tensor, ...] = (*lengths, *balanced_maps(scale, *lengths))
             counts = [len(step.live) for step in same]
-            shares = zip(*(stack.split(counts) for stack in stacks), strict=True)
+            turn_slots([*zip(same, *(length.split(counts) for length in lengths), strict=True)])
+            turn = torch.cat([step.state["turn"] for step in same])
+            gauge = balanced_gauge(turn, scale, *lengths)
+            shares = zip(*(side.split(counts) for side in gauge), strict=True)
             for step, share in zip(same, shares, strict=True):
-                step.write(*share)
+                step.write(Gauge(*share))
 
     # ---- state -----------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ class Expected(NamedTuple):
         settings: names of the optimizer's own settings, which tell the methods apart. others: those of all methods.
         same_names: whether layers must have the same names, and not only the same shapes.
         shapes_of: (group, saved group) -> shapes of the tensors that a bucket which has a state must have.
-        holder: which parameter of a bucket holds them.
+        holder: which parameter of a bucket holds them. newer: those that states of earlier versions lack.
     """
 
     who: str
@@ -31,6 +31,7 @@ class Expected(NamedTuple):
     same_names: bool
     shapes_of: Callable[[dict[str, Any], dict[str, Any]], Shapes]
     holder: int
+    newer: tuple[str, ...]
 
 
 def refuse_other_state(
@@ -73,7 +74,9 @@ def refuse_other_state(
         _refuse_other_method(start, group, saved, wanted)
         first = state_dict["state"].get(saved["params"][wanted.holder])
         if first:
-            _refuse_other_shapes(start, group, saved, first, wanted.shapes_of)
+            shapes = wanted.shapes_of(group, saved)
+            due = {k: v for k, v in shapes.items() if k in first or k not in wanted.newer}
+            _refuse_other_shapes(start, group["layers"][0], first, due)
 
 
 def _refuse_other_method(
@@ -96,32 +99,26 @@ def _refuse_missing(start: str, saved: dict[str, Any], keys: set[str], whose: st
         )
 
 
-def _refuse_other_shapes(
-    start: str,
-    group: dict[str, Any],
-    saved: dict[str, Any],
-    first: dict[str, Any],
-    shapes_of: Callable[[dict[str, Any], dict[str, Any]], Shapes],
-) -> None:
-    for key, shape in shapes_of(group, saved).items():
+def _refuse_other_shapes(start: str, layer: str, first: dict[str, Any], shapes: Shapes) -> None:
+    for key, shape in shapes.items():
         if key not in first:
             raise StateError(
                 f"{start} the state must be whole; `{key}` of "
-                f"{group['layers'][0]} is missing. Take an earlier checkpoint."
+                f"{layer} is missing. Take an earlier checkpoint."
             )
         if not isinstance(first[key], Tensor):
             raise StateError(
-                f"{start} `{key}` of {group['layers'][0]} must be a tensor; got "
+                f"{start} `{key}` of {layer} must be a tensor; got "
                 f"{type(first[key]).__name__}. Take an earlier checkpoint."
             )
         if tuple(first[key].shape) != shape:
             raise StateError(
-                f"{start} `{key}` must be {shape} for {group['layers'][0]}; "
+                f"{start} `{key}` must be {shape} for {layer}; "
                 f"got {tuple(first[key].shape)}. Use the rank it was saved with."
             )
         if not bool(first[key].isfinite().all()):
             raise StateError(
-                f"{start} `{key}` of {group['layers'][0]} must be finite; it holds NaN or "
+                f"{start} `{key}` of {layer} must be finite; it holds NaN or "
                 "infinities. Take an earlier checkpoint."
             )
 

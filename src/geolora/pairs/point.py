@@ -13,6 +13,10 @@ A slot is one of
               and marks the slot in the pair itself, wherever that is saved;
     probe     A is a unit vector orthogonal to V, B is zero: W does not see it, grad_B does;
     idle      both sides zero: its gradient is exactly zero.
+
+A pair may be turned: with T orthogonal among judged slots and the identity elsewhere, B T and T^T A are the
+same W, balanced, in slots of other directions. The optimizer takes the T that leaves A and B nearest to
+what they were, so averages of factors over steps mean something.
 """
 
 from typing import NamedTuple
@@ -25,10 +29,7 @@ TRIAL = 2.0
 
 
 class Reading(NamedTuple):
-    """A LoRA pair read as a point, with the matrices that turn its gradients into K and L.
-
-    K = grad_B @ right and L = grad_A^T @ left; right and left are (*batch, r, r).
-    """
+    """A LoRA pair read as a point, with the matrices that turn its gradients into K and L (see `Gauge`)."""
 
     U: Tensor
     sigma: Tensor
@@ -37,28 +38,49 @@ class Reading(NamedTuple):
     left: Tensor
 
 
+class Gauge(NamedTuple):
+    """How the factors of a pair lie in the slots of its point; all (*batch, r, r).
+
+    Attributes:
+        in_A, in_B: A = in_A^T V^T and B = U in_B.
+        right, left: K = grad_B @ right and L = grad_A^T @ left.
+    """
+
+    in_A: Tensor
+    in_B: Tensor
+    right: Tensor
+    left: Tensor
+
+
 def to_pair(
     U: Tensor, sigma: Tensor, V: Tensor, scale: Tensor, settled: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Balanced LoRA pair (A, B) of U diag(sigma) V^T; slots from settled[...] on are trials.
+    """Balanced LoRA pair (A, B) of U diag(sigma) V^T, not turned; slots from settled[...] on are trials.
 
     Args:
         U, sigma, V: (*batch, d_out, r), (*batch, r), (*batch, d_in, r).
         scale: (*batch,), LoRA's factor s = alpha / r or alpha / sqrt(r), positive.
         settled: (*batch,) integers, how many leading slots have been judged.
     """
-    return scaled_pair(U, V, *slot_lengths(sigma, scale, settled))
-
-
-def scaled_pair(U: Tensor, V: Tensor, length_A: Tensor, length_B: Tensor) -> tuple[Tensor, Tensor]:
-    """The pair (A, B): row i of A is length_A_i v_i^T, column i of B is length_B_i u_i; length_A, length_B (*batch, r)."""
+    length_A, length_B = slot_lengths(sigma, scale, settled)
     return (V * length_A.unsqueeze(-2)).mT, U * length_B.unsqueeze(-2)
 
 
-def balanced_maps(scale: Tensor, length_A: Tensor, length_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Per-slot numbers (*batch, r) for a pair of these lengths: K = grad_B * right, L = grad_A^T * left."""
+def balanced_gauge(turn: Tensor, scale: Tensor, length_A: Tensor, length_B: Tensor) -> Gauge:
+    """The gauge of a balanced pair.
+
+    Args:
+        turn: T (*batch, r, r). scale: (*batch,).
+        length_A, length_B: (*batch, r), of the slots before they are turned, as `slot_lengths` gives them.
+    """
     scale = scale.unsqueeze(-1)
-    return (scale * length_A).reciprocal(), (scale * length_B).reciprocal()
+    right, left = ((scale * length).reciprocal() for length in (length_A, length_B))
+    return Gauge(
+        length_A.unsqueeze(-1) * turn,
+        length_B.unsqueeze(-1) * turn,
+        turn.mT * right.unsqueeze(-2),
+        turn.mT * left.unsqueeze(-2),
+    )
 
 
 def slot_lengths(sigma: Tensor, scale: Tensor, settled: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,8 +150,8 @@ def _range(X: Tensor) -> tuple[Tensor, Tensor]:
 def slot_ranks(A: Tensor, B: Tensor) -> tuple[int, int]:
     """How many slots of a pair are active, and how many of those are trials.
 
-    A trial is told by |A row| = 4 |B column| in a pair that is otherwise balanced with orthogonal
-    slots, as only geolora writes it; any other adapter has none.
+    A trial is told by |A row| = 4 |B column| in a pair that is otherwise balanced (A A^T = B^T B) and whose trials
+    are orthogonal to all other slots, as only geolora writes it; any other adapter has none.
     """
     A, B = A.detach().double(), B.detach().double()
     length_A, length_B = torch.linalg.vector_norm(A, dim=1), torch.linalg.vector_norm(B, dim=0)
@@ -141,9 +163,11 @@ def slot_ranks(A: Tensor, B: Tensor) -> tuple[int, int]:
     close = 0.02  # bf16 factors have norms right to 0.4 %
     balanced = (ratio - 1).abs() < close
     trial = (ratio / TRIAL**2 - 1).abs() < close
-    unit = B[:, active] / length_B[active]
-    gram = unit.mT @ unit - torch.eye(count, dtype=unit.dtype, device=unit.device)
+    rows, columns = A[active] / length_A[active, None], B[:, active] / length_B[active]
+    gram = columns.mT @ columns
+    same = (rows @ rows.mT - gram).abs() < close
+    apart = (gram - torch.eye(count).to(gram))[trial].abs() < close
     judged = balanced & ~trial  # there is always one
-    if not bool(judged.any() and (balanced | trial).all()) or gram.abs().max() > close:
+    if not bool(judged.any() and (balanced | trial).all() and same.all() and apart.all()):
         return count, 0
     return count, int(trial.sum())

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from geolora.kernels.augment import Span
-from geolora.kernels.truncate import settled_ranks
+from geolora.kernels.decompose import polar
+from geolora.kernels.truncate import leading, settled_ranks
 from geolora.methods import geolora as method
 from geolora.optim.geolora_step.bucket_step import BucketStep, Chunk, both_sides
 from geolora.optim.geolora_step.rank_cycle import by_gain
@@ -78,6 +79,36 @@ def judge_all(steps: list[BucketStep], settings: dict[str, Any]) -> None:
         group["ranks"], ranks = ranks[: len(step.live)], ranks[len(step.live) :]
         sigma = step.sigma()
         step.keep = method.kept(sigma, torch.tensor(group["ranks"], device=sigma.device))
+
+
+def turn_slots(written: list[tuple[BucketStep, Tensor, Tensor]]) -> None:
+    """Take the turn of the judged slots of all layers that leaves A and B nearest to what they are.
+
+    It minimises ||A_new - A||^2 + ||B_new - B||^2: a slot holds about the same direction from step to step, however
+    singular vectors of like sigma turn. Trials, probes and idle slots stay as they are.
+
+    Args:
+        written: buckets with as many slots, and the lengths (n, r) of their slots before they are turned.
+    """
+    lengths = {id(step): sides for step, *sides in written}
+    for stack in _with_equal_width([step for step, *_ in written]):
+        M = torch.cat([step.overlap(chunk, *lengths[id(step)]) for step, chunk in stack])
+        width = M.shape[-1]
+        judged = torch.cat([_judged(step, chunk) for step, chunk in stack])
+        inside = leading(judged, width)
+        size = M.abs().amax((-2, -1))
+        rest = torch.where(inside, 0.0, torch.where(size > 0, size, 1.0).unsqueeze(-1))
+        block = inside.unsqueeze(-1) & inside.unsqueeze(-2)
+        turns = polar(torch.where(block, M, rest.diag_embed()))
+        counts = [len(chunk.layers) for _, chunk in stack]
+        for (step, chunk), turn in zip(stack, turns.split(counts), strict=True):
+            step.turn(chunk, turn)
+
+
+def _judged(step: BucketStep, chunk: Chunk) -> Tensor:
+    """How many slots of the layers of a chunk are active and judged."""
+    active = (step.rows_of(step.state["sigma"], chunk) > 0).sum(-1)
+    return torch.minimum(active, step.rows_of(step.masters.constants()[1], chunk))
 
 
 def _taken_gains(steps: list[BucketStep]) -> list[Tensor]:

@@ -17,7 +17,7 @@ from geolora.methods import geolora as method
 from geolora.optim.buckets import pairs_of, stacked_gradients
 from geolora.optim.geolora_step.masters import Masters
 from geolora.optim.geolora_step.rank_cycle import by_gain, new_probes, phase_of
-from geolora.pairs.point import scaled_pair
+from geolora.pairs.point import Gauge
 from geolora.pairs.sharded import is_sharded, write_factors
 
 CHUNK_BYTES = {"cpu": 1 << 21, "cuda": 1 << 28}
@@ -54,8 +54,8 @@ class BucketStep:
         """`index` of the bucket among the groups of pairs, `live`: which of its layers have a gradient."""
         self.index, self.masters, self.live = index, masters, live
         self.group, self.state = masters.group, masters.state
-        self.maps, self.fresh = masters.maps()
-        """What turns gradients into K and L, not diagonal where somebody else wrote the pairs (`fresh`)."""
+        self.gauge, self.fresh = masters.gauge()
+        """How A and B lie in the slots, in any way where somebody else wrote the pairs (`fresh`)."""
         self.pairs = list(pairs_of(self.group["params"]))
         self.r = self.state["V"].shape[-1]
         self.adaptive = self.group["moments"] == "adaptive"
@@ -132,7 +132,7 @@ class BucketStep:
         """||P(W)G||^2 of every chunk."""
         squares = []
         for chunk in self.chunks:
-            right, left = (self.rows_of(side, chunk) for side in self.maps)
+            right, left = (self.rows_of(side, chunk) for side in self.gauge[2:])
             grad_A, grad_B = self.gradients(chunk)
             K, L = (right.mT @ grad_B.mT).mT, (left.mT @ grad_A).mT
             squares.append(norm(K, L, self.slots("U", chunk, self.r).mT).square().sum())
@@ -154,7 +154,7 @@ class BucketStep:
         live, beta, width = self.live_of(chunk), self.group["momentum"], chunk.width
         inputs = self.r if self.fresh else width  # of slots not in use the gradient is zero
         right, left = (
-            self.rows_of(self.first(side, inputs), chunk)[..., :width] for side in self.maps
+            self.rows_of(self.first(side, inputs), chunk)[..., :width] for side in self.gauge[2:]
         )
         grad_A, grad_B = self.gradients(chunk)
         if shrink is not None:
@@ -201,22 +201,47 @@ class BucketStep:
         """Whether anything is to be written."""
         return self.keep is not None or any(chunk.move is not None for chunk in self.chunks)
 
-    def write(self, length_A: Tensor, length_B: Tensor, right: Tensor, left: Tensor) -> None:
+    def overlap(self, chunk: Chunk, length_A: Tensor, length_B: Tensor) -> Tensor:
+        """B_new^T B + A_new A^T (n, w, w), float64: the new slots, of these lengths and not turned, against those that are.
+
+        Args:
+            length_A, length_B: (n, r), of all layers.
+        """
+        width = chunk.width
+        total = torch.zeros((), dtype=torch.float64)
+        for side, (length, before) in enumerate(((length_B, 1), (length_A, 0))):
+            were = self.rows_of(self.gauge[before], chunk)[:, :width, :width].double()
+            if chunk.move is not None:
+                now = chunk.spans[side].gram[:, :width] @ chunk.move[2 * side][..., :width]
+                onto = now.mT @ were
+                were = where_live(self.live_of(chunk), onto, were)
+            lengths = self.first(self.rows_of(length, chunk), width)
+            total = total + lengths.double().unsqueeze(-1) * were
+        return total
+
+    def turn(self, chunk: Chunk, turn: Tensor) -> None:
+        """Take the turn (n, w, w) of the layers of a chunk that are written."""
+        state = self.state["turn"]
+        whole = torch.eye(self.r, dtype=state.dtype, device=state.device).repeat(len(turn), 1, 1)
+        whole[:, : chunk.width, : chunk.width] = turn
+        written = self.live_of(chunk) if self.keep is None else [True] * len(turn)
+        state[chunk.at] = where_live(written, whole, self.rows_of(state, chunk))
+
+    def write(self, gauge: Gauge) -> None:
         """New bases and momentum, in place, a probe where ranks grow, and A and B.
 
         Args:
-            length_A, length_B: (n, r), lengths of the slots of all layers.
-            right, left: (n, r), what turns the gradients of slots of these lengths into K and L.
+            gauge: of the new pairs of all layers, (n, r, r) each.
         """
         grows = phase_of({**self.group, "steps": self.group["steps"] + 1}) == "grow"
         for chunk in self.chunks:
-            self._write(chunk, length_A, length_B, grows)
+            self._write(chunk, gauge, grows)
         if all(self.live) or self.keep is not None:
-            self.masters.remember_maps(right, left)
+            self.masters.remember(gauge)
         else:
-            self.masters.forget_maps()
+            self.masters.forget_gauge()
 
-    def _write(self, chunk: Chunk, length_A: Tensor, length_B: Tensor, grows: bool) -> None:
+    def _write(self, chunk: Chunk, gauge: Gauge, grows: bool) -> None:
         names = [key for key in ("U", "V", "K", "L") if key in self.state]
         # momentum along a new direction is taken from where it was
         old = {}
@@ -233,11 +258,9 @@ class BucketStep:
         # what lies beyond is zero before and after, but where somebody else wrote it
         every_slot = self.fresh or grows or self.sharded or self.keep is not None
         width = self.r if every_slot else chunk.width
-        U, V = (self.slots(key, chunk, width).mT for key in ("U", "V"))
-        lengths = (
-            self.first(self.rows_of(length, chunk), width) for length in (length_A, length_B)
-        )
-        A, B = scaled_pair(U, V, *lengths)
+        in_A, in_B = (self.rows_of(side, chunk)[:, :width, :width] for side in gauge[:2])
+        A = torch.bmm(in_A.mT, self.slots("V", chunk, width))
+        B = torch.bmm(in_B.mT, self.slots("U", chunk, width)).mT
         targets, sources = [], []
         for layer, a, b in zip(chunk.layers, A.unbind(), B.unbind(), strict=True):
             if self.live[layer] or self.keep is not None:

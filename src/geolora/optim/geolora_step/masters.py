@@ -1,4 +1,4 @@
-"""Masters of a bucket: U, sigma, V and the momentum of its pairs in float32 or wider, and what A and B hold of them.
+"""Masters of a bucket: U, sigma, V, the turn and the momentum of its pairs in float32 or wider, and what A and B hold of them.
 
 The stacked masters of a bucket are the state of its first parameter; the pairs are written from them. Where
 somebody else has written A or B since (a reload, an initialiser, `prune`), they are read from the pairs again.
@@ -15,15 +15,15 @@ from geolora.optim.buckets import computed_in, pairs_of, scales_of
 from geolora.optim.geolora_step.rank_cycle import by_gain
 from geolora.optim.saved_state import Shapes
 from geolora.pairs.find import refuse_unreachable
-from geolora.pairs.point import balanced_maps, read_pair, scaled_pair, slot_lengths, slot_ranks
+from geolora.pairs.point import Gauge, balanced_gauge, read_pair, slot_lengths, slot_ranks
 from geolora.pairs.sharded import gathered, is_sharded, local_shard
 
 
 def master_shapes(group: dict[str, Any], settings: dict[str, Any]) -> Shapes:
-    """Masters U (n, d_out, r), sigma (n, r), V (n, d_in, r), momentum K, L like U, V, and gain (n, r)."""
+    """Masters U (n, d_out, r), sigma (n, r), V (n, d_in, r), turn (n, r, r), momentum K, L like U, V, and gain (n, r)."""
     A, B = group["params"][:2]
     n, r, d_out, d_in = len(group["layers"]), A.shape[0], B.shape[0], A[0].numel()
-    shapes: Shapes = {"U": (n, d_out, r), "sigma": (n, r), "V": (n, d_in, r)}
+    shapes: Shapes = {"U": (n, d_out, r), "sigma": (n, r), "V": (n, d_in, r), "turn": (n, r, r)}
     if settings["moments"] != "none":
         shapes |= {"K": (n, d_out, r), "L": (n, d_in, r)}
     if by_gain(settings):
@@ -40,8 +40,8 @@ class Masters:
     def __init__(self, group: dict[str, Any], states: Mapping[Tensor, dict[str, Any]]) -> None:
         self.group, self._states = group, states
         self._fingerprints: _Fingerprints | None = None
-        """Fingerprints of the factors for which `_maps` holds; None where that is not known."""
-        self._maps: tuple[Tensor, Tensor] | None = None
+        """Fingerprints of the factors for which `_gauge` holds; None where that is not known."""
+        self._gauge: Gauge | None = None
         self._constants: tuple[list[int], Tensor, Tensor] | None = None
 
     def are_of(self, group: dict[str, Any], states: Mapping[Tensor, dict[str, Any]]) -> bool:
@@ -50,7 +50,7 @@ class Masters:
 
     @property
     def state(self) -> dict[str, Any]:
-        """U, sigma, V, K, L, gain: the state of the first parameter; zeros before the first step."""
+        """U, sigma, V, turn, K, L, gain: the state of the first parameter; zeros before the first step."""
         A, *others = self.group["params"]
         state = self._states[A]
         if not state:
@@ -58,10 +58,15 @@ class Masters:
             # torch.distributed.checkpoint demands a state of every parameter: the row it stands for
             for number, p in enumerate(others, 1):
                 self._states[p]["row"] = number // 2
-            for key, (n, *rest) in master_shapes(self.group, self.group).items():
+            shapes = master_shapes(self.group, self.group)
+            shapes.pop("turn")
+            for key, (n, *rest) in shapes.items():
                 # like A: a direction is a row in memory
                 zeros = torch.zeros((n, *rest[::-1]), dtype=dtype, device=A.device)
                 state[key] = zeros.movedim(-1, 1)
+        if "turn" not in state:  # nor has a state that 0.1.0 saved
+            n, r = state["sigma"].shape
+            state["turn"] = torch.eye(r).to(state["sigma"]).repeat(n, 1, 1)
         return state
 
     def constants(self) -> tuple[Tensor, Tensor]:
@@ -73,44 +78,38 @@ class Masters:
             self._constants = [*ranks], scales_of(self.group, sigma), settled
         return self._constants[1], self._constants[2]
 
-    def maps(self) -> tuple[tuple[Tensor, Tensor], bool]:
-        """What turns factor gradients into K and L: matrices (n, r, r), and whether a pair was read again (its maps are then
-        not diagonal).
+    def gauge(self) -> tuple[Gauge, bool]:
+        """How the factors lie in the slots, (n, r, r) each, and whether a pair was read again (its gauge is then any).
 
         Where A or B are no longer what we wrote, the masters of those pairs are read from them again and
         their momentum is carried over.
         """
         prints = _fingerprints(self.group["params"])
-        if self._maps is not None and prints.same(self._fingerprints):
-            right, left = self._maps
-            return (right.diag_embed(), left.diag_embed()), False
+        if self._gauge is not None and prints.same(self._fingerprints):
+            return self._gauge, False
         state = self.state
         scale, settled = self.constants()
-        lengths = slot_lengths(state["sigma"], scale, settled)
-        slots = balanced_maps(scale, *lengths)
-        right, left = (side.diag_embed() for side in slots)
-        A, B = scaled_pair(state["U"], state["V"], *lengths)
+        gauge = balanced_gauge(state["turn"], scale, *slot_lengths(state["sigma"], scale, settled))
+        A, B = gauge.in_A.mT @ state["V"].mT, state["U"] @ gauge.in_B
         factors = [gathered(p) for p in self.group["params"]]
         stale = [
             i
             for i, (a, b) in enumerate(pairs_of(factors))
-            if not (
-                torch.equal(A[i].to(a.dtype), a.flatten(1))
-                and torch.equal(B[i].to(b.dtype), b.flatten(1))
-            )
+            if not (_as_written(a.flatten(1), A[i]) and _as_written(b.flatten(1), B[i]))
         ]
         if not stale:
-            self.remember_maps(*slots)
-            return (right, left), False
+            self.remember(gauge)
+            return gauge, False
         for i in stale:
             pair = factors[2 * i], factors[2 * i + 1]
             refuse_unreachable(self.group["layers"][i], *pair)
-            right_i, left_i = self._read(i, *(factor.flatten(1) for factor in pair))
-            right[i], left[i] = right_i.to(right.dtype), left_i.to(left.dtype)
-        return (right, left), True
+            read = self._read(i, *(factor.flatten(1) for factor in pair))
+            for field, value in zip(gauge, read, strict=True):
+                field[i] = value.to(field.dtype)
+        return gauge, True
 
-    def _read(self, i: int, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """Read pair i from its factors; what turns their gradients into K and L, (r, r)."""
+    def _read(self, i: int, A: Tensor, B: Tensor) -> Gauge:
+        """Read pair i from its factors; their gauge, (r, r)."""
         state, group = self.state, self.group
         reading = read_pair(A, B, group["scales"][i], group["start_rank"])
         old_U, old_V = state["U"][i].clone(), state["V"][i].clone()
@@ -123,15 +122,22 @@ class Masters:
             state["K"][i], state["L"][i] = transport(
                 state["K"][i], state["L"][i], old_U, old_V, state["U"][i], state["V"][i]
             )
-        return reading.right, reading.left
+        in_A, in_B = (A.double() @ reading.V).mT, reading.U.mT @ B.double()
+        return Gauge(in_A, in_B, reading.right, reading.left)
 
-    def remember_maps(self, right: Tensor, left: Tensor) -> None:
-        """Remember that these maps (n, r), one number for a slot, belong to the factors as they are now."""
-        self._fingerprints, self._maps = _fingerprints(self.group["params"]), (right, left)
+    def remember(self, gauge: Gauge) -> None:
+        """Remember that this is the gauge of the factors as they are now."""
+        self._fingerprints, self._gauge = _fingerprints(self.group["params"]), gauge
 
-    def forget_maps(self) -> None:
+    def forget_gauge(self) -> None:
         """Look at the factors again in the next step."""
         self._fingerprints = None
+
+
+def _as_written(factor: Tensor, ours: Tensor) -> bool:
+    """Whether a factor is what we wrote; a product computed again may round another way."""
+    eps = torch.finfo(factor.dtype).eps + len(ours) * torch.finfo(ours.dtype).eps
+    return bool(((factor.to(ours.dtype) - ours).abs() <= eps * ours.abs().amax()).all())
 
 
 class _Fingerprints(NamedTuple):
