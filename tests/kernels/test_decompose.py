@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from geolora.kernels import decompose
-from geolora.kernels.decompose import eigh, inverse_root, leading_eigenvectors
+from geolora.kernels.decompose import eigh, inverse_root, leading_eigenvectors, polar
 
 N, K = 12, 5
 LIMIT = 1e-9
@@ -42,6 +42,20 @@ def test_columns_are_made_orthonormal_whether_they_depend_on_each_other_or_not()
     assert not T[4].any()
     # what is spanned is the space of the columns
     assert (gram @ T @ T.mT @ gram - gram).abs().max() < 1e-5
+
+
+def test_the_nearest_rotation_is_found_of_singular_matrices_too() -> None:
+    M = normal(N, K, K)
+    M[1] = torch.diag(torch.tensor([1.0, 1e-2, 1e-4, 1e-6, 1e-12]))  # nearly singular
+    M[2, :, 3] = 0.0  # a slot that was idle
+    M[3] = 0.0
+    M[4] *= 1e-150
+    Q = polar(M)
+    assert (Q.mT @ Q - torch.eye(K)).abs().max() < 1e-13
+    P, values, Rt = torch.linalg.svd(M)
+    assert torch.allclose((Q.mT @ M).diagonal(dim1=-2, dim2=-1).sum(-1), values.sum(-1), rtol=1e-9)
+    unique = values[:, -1] > 0
+    assert (Q - P @ Rt)[unique].abs().max() < 1e-8
 
 
 def near_diagonal(step: float, ranks: list[int]) -> Tensor:

@@ -122,6 +122,20 @@ def test_it_learns(case: Case) -> None:
     assert losses[-1] < 0.8 * losses[0]
 
 
+def test_an_average_of_factors_is_about_the_average_of_w(case: Case) -> None:
+    """Slots hold about the same directions from step to step, through whole cycles of ranks."""
+    model = lora_net(r=3)
+    optimizer = made(case, model, lr=case.learns_at)
+    train(model, optimizer, 30)
+    averaged, each = torch.optim.swa_utils.AveragedModel(model), []
+    for _ in range(20):
+        train(model, optimizer, 1)
+        averaged.update_parameters(model)
+        each.append(products(model))
+    for name, W in products(averaged.module).items():
+        assert difference(W, torch.stack([now[name] for now in each]).mean(0)) < 0.03, name
+
+
 # ---- at home in torch and PEFT -----------------------------------------------------------------
 
 

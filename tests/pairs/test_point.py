@@ -75,19 +75,25 @@ def test_start_rank_uses_the_first_rows() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale", [1.0, 2.0])
-def test_balanced_pairs_and_their_maps(dtype: torch.dtype, scale: float) -> None:
+@pytest.mark.parametrize("turned", [False, True])
+def test_balanced_pairs_and_their_maps(dtype: torch.dtype, scale: float, turned: bool) -> None:
     U, V = torch.linalg.qr(normal(D_OUT, R))[0], torch.linalg.qr(normal(D_IN, R))[0]
     sigma = torch.tensor([7.0, 2.0, 1e-3, 0.0, 0.0]).double()
     U[:, 3:], V[:, 4:] = 0, 0  # slot 3 is a probe, slot 4 idle
     s, settled = torch.tensor(scale).double(), torch.tensor(2)
-    A, B = to_pair(U, sigma, V, s, settled)
+    turn = torch.eye(R).double()
+    if turned:  # among the judged slots
+        turn[:2, :2] = torch.linalg.qr(normal(2, 2, seed=4))[0]
+    gauge = balanced_gauge(turn, s, *slot_lengths(sigma, s, settled))
+    A, B = gauge.in_A.mT @ V.mT, U @ gauge.in_B
+    if not turned:
+        assert all(map(torch.equal, (A, B), to_pair(U, sigma, V, s, settled)))
     assert difference(scale * B @ A, (U * sigma) @ V.mT) < LIMIT
     assert A[3].norm() == pytest.approx(1.0)
+    assert not A[4].any()
+    assert not B[:, 3:].any()
     ratio = A.norm(dim=1)[:3] / B.norm(dim=0)[:3]
     assert ratio.tolist() == pytest.approx([1.0, 1.0, 4.0])
-    gauge = balanced_gauge(torch.eye(R).double(), s, *slot_lengths(sigma, s, settled))
-    assert torch.equal(gauge.in_A.mT @ V.mT, A)
-    assert torch.equal(U @ gauge.in_B, B)
     G = normal(D_OUT, D_IN, seed=3)
     rounded_A, rounded_B = A.to(dtype).double(), B.to(dtype).double()
     K, L = (scale * G @ rounded_A.mT) @ gauge.right, (scale * rounded_B.mT @ G).mT @ gauge.left

@@ -76,6 +76,8 @@ def polar(matrices: Tensor) -> Tensor:
     """
     if matrices.device.type != "cpu":
         return _polar_by_svd(matrices)
+    size = matrices.abs().amax((-2, -1), keepdim=True)
+    matrices = matrices / torch.where(size > 0, size, 1.0)
     squares, W = eigh(matrices.mT @ matrices)
     Q = matrices @ (W * squares.clamp(min=1e-300).rsqrt().unsqueeze(-2)) @ W.mT
     for _ in range(2):
