@@ -82,6 +82,7 @@ def test_the_plan_is_the_grid_and_nearer_settings_win(files: Path) -> None:
         ),
         ("rank: 6", "seed: 6", "methods: ours: `seed` belongs to the comparison"),
         ("rank: 6", "train_rows: 6", "methods: ours: `train_rows` belongs to a task"),
+        ("[0, 1]", str([*range(30_000)]), "must make 100,000 runs at most. Take some out"),
         ("lr: [1e-3, 1e-2]", "lr: []", "`lr` must have one step size or more"),
         ("lr: [1e-3, 1e-2]", "lr: [fast]", "`lr` must be a number; got the word 'fast'"),
         ("choose_on: 0.25", "choose_on: 1.5", "`choose_on` must be between 0 and 1; got 1.5"),

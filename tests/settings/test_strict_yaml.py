@@ -29,6 +29,31 @@ def test_an_anchor_that_merges_and_is_merged(tmp_path: Path) -> None:
     assert read_yaml(file_of(tmp_path, text))["e"] == {"b": 1, "c": 3, "f": 4}
 
 
+BOMB = "".join(f"k{i}: &k{i} [{', '.join(9 * [f'*k{i - 1}' if i else 'x'])}]\n" for i in range(9))
+"""387 million words in a few lines."""
+DOUBLED = "k0: &k0 {a: 1}\n" + "".join(
+    f"k{i}: &k{i} {{<<: [*k{i - 1}, *k{i - 1}]}}\n" for i in range(1, 40)
+)
+CHAINED = "k0: &k0 {a0: 1}\n" + "".join(
+    f"k{i}: &k{i} {{<<: *k{i - 1}, a{i}: 1}}\n" for i in range(1, 400)
+)
+
+
+@pytest.mark.parametrize("text", [BOMB, DOUBLED, CHAINED], ids=["lists", "merges", "chain"])
+def test_aliases_that_stand_for_millions_are_refused(text: str, tmp_path: Path) -> None:
+    with pytest.raises(
+        SettingError, match="must hold at most 100,000 values; with its aliases it holds more"
+    ):
+        read_yaml(file_of(tmp_path, text))
+
+
+def test_a_file_of_settings_is_no_book(tmp_path: Path) -> None:
+    with pytest.raises(
+        SettingError, match="must have at most 1,048,576 characters, as settings have"
+    ):
+        read_yaml(file_of(tmp_path, "a: " + "x" * 2**20))
+
+
 def test_anchors_and_merging(tmp_path: Path) -> None:
     found = read_yaml(file_of(tmp_path, "a: &x {b: 1, c: 2}\nd: {<<: *x, c: 3}\n"))
     assert found["d"] == {"b": 1, "c": 3}

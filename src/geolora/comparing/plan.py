@@ -27,6 +27,8 @@ OF_TASKS = (
     "packing", "max_new_tokens", "metric",
 )  # fmt: skip
 """Settings that all methods share on a task."""
+MOST_RUNS = 100_000
+"""Cells of a grid."""
 NOT_IN_NAMES = frozenset('/\\:*?"<>|')
 """What no system, or not every one, takes in the name of a folder."""
 LONGEST_NAME = 100
@@ -124,6 +126,11 @@ def read_plan(path: str | Path) -> Plan:
             for method, method_given in methods.items():
                 here = f"{where}: methods: {method}"
                 settings, lrs = _of_method(method, method_given, of_task, here)
+                if len(cells) + len(lrs) > MOST_RUNS:
+                    raise SettingError(
+                        f"{where}: seeds, tasks, methods and step sizes must make {MOST_RUNS:,} runs at most. "
+                        "Take some out."
+                    )
                 for lr in lrs:
                     place = output / RUNNING / _name(task, method, lr, seed)
                     of_cell = {"lr": lr, "seed": seed, "output": str(place)}

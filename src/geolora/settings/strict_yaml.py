@@ -14,6 +14,8 @@ from geolora.settings.other_tools import meant
 
 FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 """1e-3, which YAML 1.1 would read as a word."""
+LONGEST, MOST_VALUES = 2**20, 100_000
+"""Characters of a file, and its values where every alias is written out."""
 KINDS = {
     bool: "true or false",
     int: "a whole number",
@@ -49,11 +51,23 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
                 seen.add(key.value)
             return node
 
+        def get_single_node(self) -> Any:
+            """The file as it is written, unless aliases make it endless."""
+            node = super().get_single_node()
+            if node is not None and _size(node, {}) > MOST_VALUES:
+                raise SettingError(
+                    f"{path} must hold at most {MOST_VALUES:,} values; with its aliases it holds more."
+                )
+            return node
+
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789."))
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with Path(path).open(encoding="utf-8") as file:
+            text = file.read(LONGEST + 1)
     except (OSError, ValueError) as error:
         raise SettingError(f"{path} cannot be read: {first_line(error)}.") from error
+    if len(text) > LONGEST:
+        raise SettingError(f"{path} must have at most {LONGEST:,} characters, as settings have.")
     try:
         value = yaml.load(text, Loader)
     except SettingError:
@@ -77,6 +91,22 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     ) as error:  # an anchor inside of itself, a date as a key
         raise SettingError(f"{path} holds no plain settings: {first_line(error)}.") from error
     return mapping(value, str(path))
+
+
+def _size(node: Any, known: dict[int, int]) -> int:
+    """Values of a node, with all that its aliases stand for.
+
+    Args:
+        known: sizes of nodes that were counted; 0 while one is, which may lie inside of itself.
+    """
+    if id(node) not in known:
+        known[id(node)] = 0
+        inner = [] if isinstance(node.value, str) else node.value
+        parts = (
+            part for entry in inner for part in (entry if isinstance(entry, tuple) else [entry])
+        )
+        known[id(node)] = 1 + sum(_size(part, known) for part in parts)
+    return known[id(node)]
 
 
 def as_yaml(config: Any) -> str:
