@@ -94,12 +94,10 @@ def _train(output: str, *more: str) -> Callable[["Lab"], None]:
 def _stopped(lab: "Lab") -> None:
     """A run that was killed after its second checkpoint."""
     words = (*TRAIN, "--output", "out")
-    shutil.copytree(lab.world, lab.folder / "aside")
     calls = lab.do(*words).calls
     shutil.rmtree(lab.world / "out")
     at = calls.index("rename /out/checkpoints/checkpoint-2/geolora.json") + 2
     assert lab.machine.run(words, Fault("kill", at)).code == -signal.SIGKILL
-    shutil.rmtree(lab.folder / "aside")
 
 
 def _exported(lab: "Lab") -> None:
@@ -107,10 +105,11 @@ def _exported(lab: "Lab") -> None:
     lab.do("export", "run/adapter", "pruned", "--rank", "3", "--max-error", "1")
 
 
-def _compared(count: int) -> Callable[["Lab"], None]:
+def _compared(count: int) -> Callable[["Lab"], Any]:
+    """The comparison with some of its methods."""
+
     def run(lab: "Lab") -> None:
-        plan = lab.world / "less.yaml"
-        plan.write_text(_plan(count))
+        (lab.world / "less.yaml").write_text(_plan(count))
         lab.do("compare", "less.yaml")
 
     return run
@@ -120,13 +119,13 @@ def _plan(count: int) -> str:
     return PLAN.format(output="compared", methods=f"{{{', '.join(METHODS[:count])}}}")
 
 
-def _other_figures(lab: "Lab") -> None:
-    """Figures and pages of an older version: whole, and other than what is drawn now."""
+def _older(lab: "Lab") -> None:
+    """A run and a comparison with figures and pages that are whole, and other than what is drawn now."""
+    _compared(2)(lab)
     for path in lab.world.rglob("*.png"):
         path.write_bytes(_png_of_one_pixel())
     for path in lab.world.rglob("report.html"):
         path.write_text("<!doctype html><p>older</p></html>\n")
-    (lab.world / "compared" / "table.txt").write_text("older\n")
 
 
 def _png_of_one_pixel() -> bytes:
@@ -161,7 +160,7 @@ CASES = {
     "prune over": Case(("python", PRUNE), ("pruned",), _exported, keeps=True),
     "compare": Case(("compare", "plan.yaml"), ("compared",)),
     "compare on": Case(("compare", "plan.yaml"), ("compared",), _compared(1)),
-    "plot": Case(("plot", "run", "compared"), ("run", "compared"), _other_figures),
+    "plot": Case(("plot", "run", "compared"), ("run", "compared"), _older),
     "inspect": Case(("inspect", "run/adapter", "--figures", "drawn", "--overwrite"), ("drawn",)),
 }
 
@@ -202,6 +201,7 @@ class Lab:
             folder / "machine", self.world, first=[*TRAIN, "--seed", "7", "--output", "run"]
         )
         self.base = folder / "base"
+        shutil.copytree(self.world, self.base)
         self.known: dict[str, Known] = {}
 
     def do(self, *words: str) -> Done:
@@ -216,14 +216,9 @@ class Lab:
 
     def undisturbed(self, name: str) -> Known:
         """What a case does without a fault; found once."""
-        if not self.base.exists():
-            self.machine.run(["inspect", "model"])  # the machine is warm
-            shutil.copytree(self.world, self.base)
         if name not in self.known:
             case = CASES[name]
             self._restore(self.base)
-            if name == "plot":
-                _compared(2)(self)
             case.before(self)
             outside = self.world / "outside"
             outside.mkdir()

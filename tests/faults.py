@@ -79,10 +79,12 @@ class Machine:
             "OMP_NUM_THREADS": "1",
             "TOKENIZERS_PARALLELISM": "false",
         }
-        self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(here), *first],
-            env=environment, cwd=world, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+        with (folder / "said").open("w") as said:
+            self.process = subprocess.Popen(
+                [sys.executable, "-W", "ignore", str(here), *first], env=environment, cwd=world,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True,
+            )  # fmt: skip
+        self._read()  # it is warm
 
     def run(self, words: Sequence[str], fault: Fault = NOTHING) -> Done:
         """Run `geolora` with these words, or `python` where the first word is that: a program's text."""
@@ -110,9 +112,8 @@ class Machine:
             for (words, fault), file in zip(commands, files, strict=True)
         ]
         assert self.process.stdin is not None
-        assert self.process.stdout is not None
         print(json.dumps(asked), file=self.process.stdin, flush=True)
-        codes = json.loads(self.process.stdout.readline())
+        codes = self._read()
         return [
             Done(
                 code,
@@ -121,6 +122,12 @@ class Machine:
             )
             for code, file in zip(codes, files, strict=True)
         ]
+
+    def _read(self) -> Any:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, (self.folder / "said").read_text()[-2000:]
+        return json.loads(line)
 
 
 def compiled(folder: Path) -> Path:
@@ -148,14 +155,15 @@ def compiled(folder: Path) -> Path:
 
 
 def serve() -> None:
-    """Answer every line of commands with their exit codes."""
+    """Say that it is warm, then answer every line of commands with their exit codes."""
     import ctypes
 
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     warm_up(sys.argv[1:])
     arm = ctypes.CDLL(os.environ.pop("LD_PRELOAD")).faults_arm
-    for line in sys.stdin:
+    print("[]", file=answers, flush=True)
+    for line in sys.stdin:  # a second command is run while the first is halted, or has ended
         first, *others = json.loads(line)
         child = started(first, arm)
         _, status = os.waitpid(child, os.WUNTRACED)

@@ -410,10 +410,11 @@ def test_inspect_shows_and_draws_what_a_budget_leaves(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as disk:
-        disk.setattr(figures, "write_at_once", full)
+        disk.setattr(figures, "_spectra", full)  # the second of two
         code, out, err = geolora("inspect", adapter, "--figures", tmp_path / "full")
         assert (code, out) == (2, "")
         assert err.startswith(f"geolora: `--figures`: {tmp_path / 'full'}: there is no space left.")
+        assert not any((tmp_path / "full").iterdir())
     for place in ("/proc/x/y", "/sys/x", adapter / "README.md" / "x"):
         code, out, err = geolora("inspect", adapter, "--figures", place)
         assert (code, out) == (2, "")

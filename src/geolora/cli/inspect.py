@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Print a rank map and a row per layer; draw them where asked."""
     from geolora.adapters.inspect import as_rows, inspect
+    from geolora.files import alone
     from geolora.report import figures, text
     from geolora.training.output_folder import naming_disk_errors
 
@@ -46,7 +47,9 @@ def run(arguments: argparse.Namespace) -> None:
         folder = Path(arguments.figures)
         with naming_disk_errors(folder, "`--figures`"):
             folder.mkdir(parents=True, exist_ok=True)
-            paths = figures.adapter_figures(rows, folder, f"rank needed at {limit}")
+            with alone(folder):
+                _check_figures(folder, arguments.overwrite)  # another process may have drawn some
+                paths = figures.adapter_figures(rows, folder, f"rank needed at {limit}")
     if arguments.json:
         say(*json.dumps(rows, indent=2).splitlines())
         return

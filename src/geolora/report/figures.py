@@ -52,7 +52,7 @@ def rank_map(folder: str | Path, lower_is_better: bool = False) -> Path | None:
 
 
 def adapter_figures(rows: list[dict[str, Any]], folder: Path, judged: str) -> list[Path]:
-    """Draw `ranks.png` (now and needed) and `spectra.png` of an inspected adapter.
+    """Draw `ranks.png` (now and needed) and `spectra.png` of an inspected adapter, or neither where it fails.
 
     Args:
         rows: of `geolora.inspect`, as dicts.
@@ -60,9 +60,15 @@ def adapter_figures(rows: list[dict[str, Any]], folder: Path, judged: str) -> li
         judged: how the needed rank was found, for the title.
     """
     paths = [folder / name for name in NAMES]
-    with plain_names():
-        for draw, path in zip((_rank_change, _spectra), paths, strict=True):
-            save(draw(rows, judged), path)
+    new = [path for path in paths if not path.exists()]
+    try:
+        with plain_names():
+            for draw, path in zip((_rank_change, _spectra), paths, strict=True):
+                save(draw(rows, judged), path)
+    except BaseException:
+        for path in new:
+            path.unlink(missing_ok=True)
+        raise
     return paths
 
 
