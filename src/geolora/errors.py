@@ -7,7 +7,7 @@
     ├── DataError(ValueError)                 a file, column or label that is missing or unusable
     ├── ModelError(ValueError)                a model folder or name that cannot be loaded
     ├── OutputError(OSError)                  an output folder that exists, or cannot be written
-    ├── StateError(ValueError)                a state of another model: an optimizer's, a start's
+    ├── StateError(ValueError)                a state that does not fit: an optimizer's, a start's
     ├── SetupError(RuntimeError)              closures, ZeRO partitions, sharded factors
     ├── GradientError(ArithmeticError)
     │   ├── NonFiniteGradientError            too many steps in a row without a finite gradient
@@ -65,7 +65,7 @@ class OutputError(GeoloraError, OSError):
 
 
 class StateError(GeoloraError, ValueError):
-    """A state, of an optimizer or of a start, that belongs to another model or method."""
+    """A state, of an optimizer or of a start, that belongs to another model or method, or to factors as they were."""
 
 
 class SetupError(GeoloraError, RuntimeError):

@@ -89,6 +89,7 @@ class GeoLoRA(LowRankOptimizer):
         PairingError: no pair, or a layer that cannot be treated.
         SettingError: an argument out of its range. BudgetError: less than one direction per layer.
         SetupError: factors that ZeRO has partitioned; a closure given to `step`.
+        StateError: a factor that was reshaped, cast or moved between steps; a state of another model.
         NonFiniteGradientError: 20 steps in a row without a finite gradient.
 
     Source: arXiv 2410.18720. Geometric momentum: arXiv 2506.17475.

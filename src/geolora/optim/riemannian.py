@@ -36,6 +36,7 @@ class RiemannianAdamW(BucketwiseOptimizer):
         PairingError: no pair, or a layer that cannot be treated.
         SettingError: an argument out of its range.
         SetupError: factors that ZeRO has partitioned; a closure given to `step`.
+        StateError: a factor that was reshaped, cast or moved between steps; a state of another model.
         NonFiniteGradientError: 20 steps in a row without a finite gradient.
 
     Source: arXiv 2402.02347; as an option of LoRA-One, arXiv 2502.01235.
