@@ -417,7 +417,7 @@ def torn(case: Case, known: Known, now: dict[str, Any], world: Path) -> Iterator
             }
             for of in (known.before, known.after, now)
         )
-        loads = f"{folder}/adapter_config.json" in here
+        loads = {path, f"{folder}/adapter_config.json"} <= here.keys()
         if here not in (old, new) and (loads or case.keeps):
             yield f"{folder} is neither the old adapter nor the new one: {sorted(here)}"
     for path in results(now):
