@@ -174,5 +174,5 @@ def test_what_a_model_cannot_compute_is_one_line(
     config: TrainConfig, tmp_path: Path, init: str
 ) -> None:
     ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(config.model)
-    with pytest.raises(ModelError, match=r"cannot compute a batch .*\(32\*32\) doesn't match"):
+    with pytest.raises(ModelError, match=r"cannot compute a batch: .*\(32\*32\) doesn't match"):
         training.run(dataclasses.replace(config, init=init, output=str(tmp_path / "other")))
