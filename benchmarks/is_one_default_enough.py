@@ -13,7 +13,7 @@ import sys
 
 from geolora.comparing.plan import Cell, read_plan
 from geolora.comparing.summary import summarise
-from geolora.files import write_json
+from geolora.files.writing import write_json
 from geolora.report.comparison import figures, table
 from geolora.training.run import load
 

@@ -28,12 +28,12 @@ TABLE = """
     adapters.truncate                : pairs
     adapters.verify                  : errors pairs adapters.base_model adapters.names adapters.read
     cli.__main__                     : errors cli.compare cli.demo cli.export cli.inspect cli.plot cli.train cli.terminal cli.verify settings
-    cli.compare                      : comparing files report training cli.plot cli.terminal
+    cli.compare                      : comparing files report cli.plot cli.terminal
     cli.demo                         : adapters errors files report settings tasks training cli.demo_texts cli.terminal
     cli.demo_texts                   : errors
-    cli.export                       : adapters training cli.terminal
-    cli.inspect                      : adapters errors files report training cli.terminal
-    cli.plot                         : errors files report tasks training cli.terminal
+    cli.export                       : adapters files cli.terminal
+    cli.inspect                      : adapters errors files report cli.terminal
+    cli.plot                         : errors files report tasks cli.terminal
     cli.train                        : processes settings training cli.plot cli.terminal
     cli.terminal                     : errors
     cli.verify                       : adapters cli.terminal
@@ -42,7 +42,11 @@ TABLE = """
     comparing.run                    : errors files processes settings tasks training comparing.plan comparing.summary
     comparing.summary                : methods tasks comparing.bootstrap comparing.plan
     errors                           :
-    files                            : errors
+    files.folders                    : errors files.ours files.writing
+    files.ours                       : files.reading files.writing
+    files.output_folder              : errors files.folders files.ours files.reading
+    files.reading                    : errors
+    files.writing                    :
     kernels.augment                  : kernels.decompose
     kernels.decompose                :
     kernels.sketch                   :
@@ -102,16 +106,15 @@ TABLE = """
     tasks.tokenizers                 : errors settings
     trainer                          : errors methods optim
     training.batch_order             :
-    training.check                   : errors files processes settings training.output_folder training.recipes training.resume
+    training.check                   : errors files processes settings training.recipes training.resume
     training.checkpoints             : errors files processes training.identity
     training.clock                   : files processes
     training.identity                : files settings
-    training.output_folder           : errors files
     training.peak_memory             :
     training.peft_recipes            : adapters errors pairs training.recipes
     training.recipes                 : adapters errors methods pairs settings starts trainer
-    training.resume                  : errors files processes settings training.checkpoints training.identity training.output_folder
-    training.run                     : errors files processes settings starts tasks trainer training.batch_order training.check training.checkpoints training.clock training.identity training.output_folder training.peak_memory training.recipes training.resume
+    training.resume                  : errors files processes settings training.checkpoints training.identity
+    training.run                     : errors files processes settings starts tasks trainer training.batch_order training.check training.checkpoints training.clock training.identity training.peak_memory training.recipes training.resume
 """
 """Module : what it may import of ours: whole rooms (folders, or files at the top), and files of its own room.
 

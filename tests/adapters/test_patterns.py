@@ -89,4 +89,6 @@ def test_a_pattern_that_takes_for_ever_is_given_up(
 )  # fmt: skip
 def test_what_people_write_is_let_through(config: dict) -> None:
     names = [f"model.language_model.layers.{i}.self_attn.q_proj" for i in range(5000)]
+    before = str(config)
     demand_quick(Path("c"), config, names, 10)
+    assert str(config) == before

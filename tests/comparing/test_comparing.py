@@ -12,7 +12,7 @@ from geolora.comparing.plan import Cell, read_plan
 from geolora.comparing.run import run_all, split
 from geolora.comparing.summary import summarise
 from geolora.errors import NonFiniteGradientError, OutputError, SettingError
-from geolora.files import alone
+from geolora.files.folders import alone
 from geolora.report.comparison import table
 from geolora.settings.train_config import TrainConfig
 from geolora.tasks.task import Data, Rows

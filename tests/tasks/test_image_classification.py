@@ -126,7 +126,7 @@ def test_what_is_no_picture_is_refused(
     refused(tmp_path / "none.npz", r"must hold images \(n, height, width\)")
     np.savez_compressed(tmp_path / "zeros.npz", x=np.zeros((2000, 40, 40), np.uint8), y=[0])
     with monkeypatch.context() as small:
-        small.setattr("geolora.files.ALWAYS_UNPACKED", 2**20)
+        small.setattr("geolora.files.reading.ALWAYS_UNPACKED", 2**20)
         refused(
             tmp_path / "zeros.npz",
             "unpacks to more than a hundred times its size. Write it again with numpy.savez.",

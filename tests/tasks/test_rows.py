@@ -87,7 +87,7 @@ def test_a_parquet_that_unpacks_to_gigabytes(
     }[shape]
     parquet.write_table(pa.table(columns), tmp_path / "a.parquet", compression="zstd")
     assert (tmp_path / "a.parquet").stat().st_size < 2**16
-    monkeypatch.setattr("geolora.files.ALWAYS_UNPACKED", 2**20)
+    monkeypatch.setattr("geolora.files.reading.ALWAYS_UNPACKED", 2**20)
     with pytest.raises(
         DataError, match=r"unpacks to more than a hundred times its size\. Write it"
     ):
@@ -241,7 +241,7 @@ def test_a_line_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(DataError, match=r"line 2 has more than 33,554,432 characters"):
         read(tmp_path, "a.jsonl.gz", gzip.compress(b"{}\n" + b"x" * 2**26))
     with monkeypatch.context() as small:
-        small.setattr("geolora.files.ALWAYS_UNPACKED", 2**16)
+        small.setattr("geolora.files.reading.ALWAYS_UNPACKED", 2**16)
         with pytest.raises(DataError, match=r"its size \(line 1,009\). Unpack it first"):
             read(tmp_path, "a.jsonl.gz", gzip.compress(b"\n" * 2**16))
     monkeypatch.setattr("geolora.tasks.csv_rows.LONGEST_LINE", 100)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from geolora.errors import CheckpointWarning
-from geolora.files import write_json
+from geolora.files.writing import write_json
 from geolora.training.checkpoints import SEAL, flaw, latest, seal
 
 RUN = "this run"

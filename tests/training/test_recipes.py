@@ -229,7 +229,7 @@ def test_narrow_layers_heads_and_what_peft_refuses_get_no_pair() -> None:
     with pytest.warns(GeoloraWarning, match=r"1 of 2 layers are left"):
         targets, others = adapted_layers(Model("mamba"), ["head"], 4)
     assert targets == ["wide"]
-    assert {"out_proj", "conv1d"} <= set(others)
+    assert "out_proj" in others
     # a rank that is too large for most is the rank's fault: making the pairs says so
     assert adapted_layers(Model("bert"), ["head"], 11)[0] == ["wide", "out_proj", "gate"]
     convolutions = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Linear(8, 2))

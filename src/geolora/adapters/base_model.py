@@ -14,7 +14,7 @@ from geolora.adapters.names import CONFIG, HUB_NAME
 from geolora.adapters.patterns import demand_quick
 from geolora.adapters.read import SavedAdapter, read_adapter, read_object
 from geolora.errors import AdapterError, first_line, shown
-from geolora.files import is_folder
+from geolora.files.reading import is_folder
 from geolora.pairs.find import PREFIX
 
 AUTO_CLASSES = {

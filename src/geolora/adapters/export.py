@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from geolora.adapters.card import model_card
 from geolora.adapters.names import LOSSES, PROBES, WEIGHTS
 from geolora.errors import AdapterError, GeoloraWarning, SettingError, at_most_three
-from geolora.files import replacing, write_json, write_text
+from geolora.files.folders import replacing
+from geolora.files.writing import write_json, write_text
 from geolora.pairs.find import (
     PREFIX,
     Pair,
@@ -330,9 +331,8 @@ def _exported_config(model: Any, adapter_name: str, layers: list[_Layer], layout
         for name, layer in lora_layers(model)
         if name in names and hasattr(layer, "parameter_name")
     }
-    config.target_modules = (
-        _target_modules(model, names - held.keys()) if names - held.keys() else None
-    )
+    layered = names - held.keys()
+    config.target_modules = _target_modules(model, layered) if layered else None
     config.target_parameters = sorted(held.values()) or None
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     if config.task_type is None:  # as peft saves it: which class the adapter is for

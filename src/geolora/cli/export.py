@@ -33,14 +33,13 @@ def run(arguments: argparse.Namespace) -> None:
     from geolora.adapters.export import write
     from geolora.adapters.read import read_adapter
     from geolora.adapters.verify import read_loss
-    from geolora.training.output_folder import check_output, naming_disk_errors
+    from geolora.files.output_folder import check_output, naming_disk_errors
 
     output = Path(arguments.output)
     saved = read_adapter(arguments.adapter)
     base = arguments.base or saved.config.get("base_model_name_or_path") or ""
-    again = (
-        output.resolve() == saved.folder.resolve()
-    )  # an adapter may be replaced by its own export
+    # an adapter may be replaced by its own export
+    again = output.resolve() == saved.folder.resolve()
     inputs = [base] if again else [base, arguments.adapter]
     check_output(output, arguments.overwrite, "adapter", inputs)
     model = over_base(load_base(saved, arguments.base), saved)

@@ -32,9 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Print a rank map and a row per layer; draw them where asked."""
     from geolora.adapters.inspect import as_rows, inspect
-    from geolora.files import alone
+    from geolora.files.folders import alone
+    from geolora.files.output_folder import naming_disk_errors
     from geolora.report import figures, text
-    from geolora.training.output_folder import naming_disk_errors
 
     if arguments.figures is not None:
         _check_figures(Path(arguments.figures), arguments.overwrite)
@@ -71,9 +71,9 @@ def run(arguments: argparse.Namespace) -> None:
 def _check_figures(folder: Path, overwrite: bool) -> None:
     """Refuse figures that cannot or must not be drawn, before anything is read."""
     from geolora.errors import OutputError, SettingError, install
-    from geolora.files import exists, is_folder
+    from geolora.files.output_folder import demand_writable
+    from geolora.files.reading import exists, is_folder
     from geolora.report import figures
-    from geolora.training.output_folder import demand_writable
 
     if not figures.can_draw():
         raise SettingError(f"`--figures` needs matplotlib. Run: {install('plots')}.")

@@ -6,7 +6,8 @@ from typing import Any
 
 from geolora.cli.terminal import say
 from geolora.errors import DataError, install
-from geolora.files import alone, exists, is_folder
+from geolora.files.folders import alone
+from geolora.files.reading import exists, is_folder
 
 EXAMPLES = """examples:
   geolora plot out
@@ -28,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Check every folder, then draw them."""
+    from geolora.files.output_folder import naming_disk_errors
     from geolora.report.figures import can_draw
-    from geolora.training.output_folder import naming_disk_errors
 
     reports = [(Path(folder), _read(Path(folder))) for folder in arguments.folders]
     for folder, report in reports:

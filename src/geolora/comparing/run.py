@@ -20,12 +20,15 @@ from geolora import processes
 from geolora.comparing.plan import Cell, Plan
 from geolora.comparing.summary import summarise
 from geolora.errors import GradientError, SettingError
-from geolora.files import RUN, alone, is_empty, read_json, remove_written, write_json
+from geolora.files.folders import alone
+from geolora.files.ours import COMPARISON_MARK, RUN, RUN_MARK, is_empty, remove_written
+from geolora.files.output_folder import check_output, naming_disk_errors
+from geolora.files.reading import read_json
+from geolora.files.writing import write_json
 from geolora.settings.train_config import DEFAULTS, TrainConfig
 from geolora.tasks.task import Data, Rows
 from geolora.training.check import check
 from geolora.training.identity import base_id, base_id_of_0_1
-from geolora.training.output_folder import check_output, naming_disk_errors
 from geolora.training.resume import unfinished
 from geolora.training.run import load, train
 
@@ -53,7 +56,7 @@ def run_all(
             "compare: must run in one process; got "
             f"{processes.count()}. Start it without torchrun: its runs are small, and made one by one."
         )
-    marker = plan.output / "comparison.json"
+    marker = plan.output / COMPARISON_MARK
     check_output(plan.output, True, "comparison")
     data = {cell.task: cell.config for cell in plan.cells}
     loaded = {task: split(load(config), plan.choose_on) for task, config in data.items()}
@@ -129,7 +132,7 @@ def _to_run(config: TrainConfig) -> TrainConfig:
     remove_written(folder, RUN)
     if not folder.is_dir() or is_empty(folder):
         return config
-    write_json(folder / "run.json", asdict(config))  # the folder is ours
+    write_json(folder / RUN_MARK, asdict(config))  # the folder is ours
     return replace(config, overwrite=True)
 
 

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from geolora.files import read_json
+from geolora.files.reading import read_json
 
 NOT_IN_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
 DEEPEST = 20

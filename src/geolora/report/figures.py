@@ -8,7 +8,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-from geolora.files import write_at_once
+from geolora.files.writing import write_at_once
 from geolora.report import panels
 from geolora.report.clean import read_clean
 from geolora.report.inline import plain_names

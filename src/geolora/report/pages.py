@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from geolora.errors import install
-from geolora.files import write_text
+from geolora.files.writing import write_text
 from geolora.report import panels, view
 from geolora.report.clean import clean, read_clean, without_folders
 from geolora.report.figures import can_draw, ranks_figure

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from geolora.errors import DataError, SettingError, first_line, install, listed, nearest, shown
-from geolora.files import is_file, is_folder, most_unpacked
+from geolora.files.reading import is_file, is_folder, most_unpacked
 from geolora.settings.train_config import TrainConfig
 from geolora.tasks.csv_rows import TOO_LARGE
 from geolora.tasks.rows import classes

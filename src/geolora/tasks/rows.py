@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from geolora.errors import DataError, first_line, install, listed, nearest, shown
-from geolora.files import KeyTwice, is_file, is_folder, most_unpacked, parse_json
+from geolora.files.reading import KeyTwice, is_file, is_folder, most_unpacked, parse_json
 from geolora.tasks.csv_rows import ROW, TOO_LARGE, Row, demand_once, lines_of, read_csv
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")

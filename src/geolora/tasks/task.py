@@ -15,7 +15,7 @@ from torch.utils.data import Subset
 
 from geolora.adapters.base_model import FAILURES, quietly
 from geolora.errors import DataError, ModelError, first_line
-from geolora.files import is_folder
+from geolora.files.reading import is_folder
 from geolora.processes import one_device
 from geolora.settings.train_config import TrainConfig
 from geolora.tasks.rows import class_names, read_rows

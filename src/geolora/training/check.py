@@ -7,9 +7,9 @@ from pathlib import Path
 
 from geolora import processes
 from geolora.errors import ModelError, OutputError, SettingError, nearest, shown
-from geolora.files import is_folder
+from geolora.files.output_folder import can_be_written_down, check_name, check_output
+from geolora.files.reading import is_folder
 from geolora.settings.train_config import DEFAULTS, LOGGERS, METRICS_OF, ONLY_FOR, TrainConfig
-from geolora.training.output_folder import check_name, check_output
 from geolora.training.recipes import recipe_of
 from geolora.training.resume import refuse_changed, tidy, unfinished
 
@@ -97,11 +97,7 @@ def _check_place(config: TrainConfig) -> None:
     check_name(config.output, "`--output`")
     for name in ("model", "train", "eval"):
         value = getattr(config, name)
-        try:
-            usable = b"\0" not in value.encode()
-        except UnicodeEncodeError:
-            usable = False
-        if not usable:
+        if not can_be_written_down(value):
             raise SettingError(
                 f"`{_flag(name)}` must be a path in UTF-8; got {shown(value)}. Rename it."
             )

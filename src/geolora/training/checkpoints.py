@@ -13,15 +13,9 @@ from typing import Any
 
 from geolora import processes
 from geolora.errors import CheckpointWarning, OutputError
-from geolora.files import (
-    CHECKPOINT,
-    SEAL,
-    flush,
-    is_empty,
-    read_json,
-    remove_written,
-    write_json,
-)
+from geolora.files.ours import CHECKPOINT, SEAL, is_empty, remove_written
+from geolora.files.reading import read_json
+from geolora.files.writing import flush, write_json
 from geolora.training.identity import digest
 
 FOREIGN = "belongs to another run"

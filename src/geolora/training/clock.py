@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from geolora import processes
-from geolora.files import read_json, write_json
+from geolora.files.reading import read_json
+from geolora.files.writing import write_json
 
 SECONDS = "seconds.json"
 """Seconds of every step so far, in a checkpoint."""

@@ -10,7 +10,8 @@ from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 
-from geolora.files import PROCESSOR, is_folder
+from geolora.files.ours import PROCESSOR
+from geolora.files.reading import is_folder
 from geolora.settings.train_config import TrainConfig
 
 OF_BASE = (
@@ -93,6 +94,7 @@ def _known_digest(path: Path, size: int, written: int) -> str:  # noqa: ARG001
     return digest(path)
 
 
+@lru_cache(maxsize=1000)  # the hub is asked once per process
 def _with_revision(name: str) -> str:
     """A name on the Hub with the revision that is loaded, by the folder its config.json is cached in."""
     from transformers.utils.hub import cached_file

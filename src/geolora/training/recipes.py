@@ -30,7 +30,7 @@ JUDGE = 0.1
 CHAIN = 4
 """Adapters in RAC-LoRA's chain."""
 MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
-NOT_IN_MAMBA = ("out_proj", "x_proj", "dt_proj", "conv1d")
+NOT_IN_MAMBA = ("out_proj", "x_proj", "dt_proj")
 """Layers of models of these types whose weights are read past the layer, and so past an adapter."""
 Batches = Callable[[int, int], list[Any]]
 """(rows per batch, number) -> tokenised training batches, fewer where the data ends."""

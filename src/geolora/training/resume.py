@@ -8,17 +8,19 @@ from typing import Any, NamedTuple
 
 from geolora import processes
 from geolora.errors import DataError, ModelError, OutputError
-from geolora.files import LOCK, RUN, alone, holds, read_json, remove_written, write_json
+from geolora.files.folders import alone
+from geolora.files.ours import LOCK, RUN, RUN_MARK, holds, remove_written
+from geolora.files.output_folder import check_output
+from geolora.files.reading import read_json
+from geolora.files.writing import write_json
 from geolora.settings.train_config import DEFAULTS, TrainConfig
 from geolora.training.checkpoints import any_sealed, latest
 from geolora.training.identity import base_id, base_id_of_0_1, run_id
-from geolora.training.output_folder import check_output
 
-MARK = "run.json"
-"""Settings and data of the run of a folder; with report.json and no checkpoint beside it, the run has ended."""
 LEFTOVERS = ("checkpoints", "start")
+"""Folders that only an unfinished run has."""
 NOT_SETTINGS = ("overwrite", "data", "base", "run")
-"""Entries of it that are no settings, or make no difference."""
+"""Entries of run.json that are no settings, or make no difference."""
 
 
 def unfinished(config: TrainConfig) -> bool:
@@ -91,9 +93,9 @@ def opened(config: TrainConfig, data_id: str) -> Iterator[Opened]:
         if processes.is_first():
             if now.checkpoint is None:
                 # the mark is replaced, and there at every moment
-                remove_written(output, {k: v for k, v in RUN.items() if k != MARK})
+                remove_written(output, RUN, but=RUN_MARK)
             write_json(
-                output / MARK, {**asdict(config), "data": data_id, "base": base, "run": now.run}
+                output / RUN_MARK, {**asdict(config), "data": data_id, "base": base, "run": now.run}
             )
         processes.wait_for_all()
         yield now
@@ -121,7 +123,7 @@ def _found(config: TrainConfig, data_id: str, base: str) -> Opened | None:
 def _stopped(config: TrainConfig) -> dict[str, Any] | None:
     """Settings of the run that was stopped in the output folder, whatever they are."""
     output = Path(config.output)
-    return read_json(output / MARK) if holds(output, "run") and _is_stopped(output) else None
+    return read_json(output / RUN_MARK) if holds(output, "run") and _is_stopped(output) else None
 
 
 def _is_stopped(output: Path) -> bool:

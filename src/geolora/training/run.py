@@ -14,7 +14,10 @@ import torch
 
 from geolora import processes
 from geolora.errors import DivergedError, SettingError
-from geolora.files import read_json, replacing, write_json, write_text
+from geolora.files.folders import replacing
+from geolora.files.output_folder import naming_disk_errors
+from geolora.files.reading import read_json
+from geolora.files.writing import write_json, write_text
 from geolora.settings.strict_yaml import as_yaml
 from geolora.settings.train_config import METRICS_OF, TrainConfig
 from geolora.starts.gradient_pass import without_gradient
@@ -30,7 +33,6 @@ from geolora.training.check import check, microbatches, planned_steps
 from geolora.training.checkpoints import Stopped, checkpoint_callback
 from geolora.training.clock import clock_callback
 from geolora.training.identity import versions
-from geolora.training.output_folder import naming_disk_errors
 from geolora.training.peak_memory import peak_bytes, reset_peak
 from geolora.training.recipes import Batches, Kept, Recipe, recipe_of
 from geolora.training.resume import opened, remove_leftovers

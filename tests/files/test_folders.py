@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError
 
-from geolora import files
 from geolora.errors import OutputError
-from geolora.files import RUN, alone, remove_written, replacing, restore
-from geolora.training.output_folder import check_output, naming_disk_errors
+from geolora.files import folders
+from geolora.files.folders import alone, replacing, restore
+from geolora.files.ours import RUN, remove_written
+from geolora.files.output_folder import check_output, naming_disk_errors
 
 
 @pytest.mark.parametrize(
@@ -51,7 +52,7 @@ WRITE = """
 import resource, sys, torch
 from safetensors.torch import save_file
 from geolora.errors import OutputError
-from geolora.training.output_folder import naming_disk_errors
+from geolora.files.output_folder import naming_disk_errors
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 big = {"a": torch.zeros(100_000)}
 for write in (lambda p: torch.save(big, p), lambda p: save_file(big, p)):
@@ -237,7 +238,7 @@ def test_an_adapter_takes_the_place_of_another_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: bool
 ) -> None:
     if not can_exchange:
-        monkeypatch.setattr(files, "_exchange", lambda *_: False)
+        monkeypatch.setattr(folders, "_exchange", lambda *_: False)
     folder = tmp_path / "deep" / "adapter"
     put(folder, "old")
     write(folder, "notes.md", "geolora/me.txt", "mine/adapter_config.json", "merges.txt")
@@ -296,7 +297,7 @@ def test_killed_at_any_call_it_holds_the_old_adapter_or_the_new_one(
         child = os.fork()
         if not child:
             if not can_exchange:
-                files._exchange = lambda *_: False  # type: ignore[assignment]
+                folders._exchange = lambda *_: False  # type: ignore[assignment]
             setattr(os, at, the_last_one(getattr(os, at), n))
             put(folder, "new")
             os._exit(0)

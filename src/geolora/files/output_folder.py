@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from geolora.errors import OutputError, first_line, shown
-from geolora.files import exists, holds, is_empty, restore
+from geolora.files.folders import restore
+from geolora.files.ours import holds, is_empty
+from geolora.files.reading import exists
 
 LONGEST_NAME = 200
 """Bytes; file systems take 255, of which what is written beside a folder needs some."""
@@ -76,15 +78,21 @@ def demand_writable(output: Path, flag: str = "`--output`") -> None:
 
 def check_name(output: str, flag: str) -> None:
     """Refuse a name that no file system takes, or that cannot be written down in UTF-8."""
-    try:
-        longest = max(len(part.encode()) for part in ["", *Path(output).parts])
-    except UnicodeEncodeError:
-        longest = LONGEST_NAME + 1
-    if longest > LONGEST_NAME or "\0" in output or not output.strip():
+    parts = Path(output).parts
+    short = can_be_written_down(output) and all(len(p.encode()) <= LONGEST_NAME for p in parts)
+    if not short or not output.strip():
         raise OutputError(
             f"{flag}: must be a path in UTF-8 of names of at most {LONGEST_NAME} bytes; got "
             f"{shown(output)}. Choose another folder."
         )
+
+
+def can_be_written_down(path: str) -> bool:
+    """Whether a path is text in UTF-8, without a null byte."""
+    try:
+        return b"\0" not in path.encode()
+    except UnicodeEncodeError:
+        return False
 
 
 @contextmanager

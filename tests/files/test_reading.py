@@ -14,10 +14,11 @@ import pages
 from geolora import errors
 from geolora.cli.__main__ import main
 from geolora.errors import first_line, install, nearest, shown
-from geolora.files import parse_json, read_json, write_json
+from geolora.files.reading import parse_json, read_json
+from geolora.files.writing import write_json
 from geolora.training.checkpoints import SEAL, flaw
 
-WRITTEN = Path(__file__).parent / "fixtures" / "written_by_0.1.0"
+WRITTEN = Path(__file__).parents[1] / "fixtures" / "written_by_0.1.0"
 DEEP = "[" * 100_000
 TRAIN = [
     "train", "--model", "base", "--train", "train.jsonl", "--eval", "dev.jsonl", "--output", "out",
