@@ -33,7 +33,7 @@ import geolora
 torch.manual_seed(0)
 base = AutoModel.from_pretrained(sys.argv[3])
 model = get_peft_model(base, LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear"))
-optimizer = geolora.GeoLoRA(model, lr=1e-4, prune_every=None)
+optimizer = geolora.GeoLoRA(model, lr=1e-4, tail=None)
 parameters = [p for p in model.parameters() if p.requires_grad]
 gradients = [1e-3 * torch.randn_like(p) for p in parameters]
 print("ready", flush=True)

@@ -37,7 +37,7 @@ DECAY, TAIL, EVERY = 0.99, 0.25, 5
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("lora", {"lr": 1e-2}),
     "geolora": ("geolora", {}),
-    "geolora, judged once": ("geolora", {"prune_every": None, "settle_after": STEPS // 10}),
+    "geolora, judged once": ("geolora", {"total_steps": STEPS}),
     "geolora, none": ("geolora", {"moments": "none"}),
     "geolora, momentum": ("geolora", {"moments": "momentum"}),
     "riemannian": ("riemannian", {"lr": 1e-2}),

@@ -102,7 +102,7 @@ def one(folder: Path, parts: tuple[Tensor, Tensor], lr: float | None, seed: int)
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer: Any = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
     else:
-        optimizer = GeoLoRA(model, prune_every=None)
+        optimizer = GeoLoRA(model, tail=None)
     begun = time.perf_counter()
     losses = train(model, optimizer, parts[0], STEPS, seed)
     return {

@@ -276,7 +276,7 @@ def one(
     steps = len(rows)
     settings = dict(method.settings) | ({} if lr is None else {"lr": lr})
     if method.optimizer == "geolora":
-        settings |= {"budget": budget_of(model), "prune_every": None, "settle_after": steps // 10}
+        settings |= {"budget": budget_of(model), "settle_after": steps // 10}
     if method.optimizer == "rac-lora":
         settings["steps_per_block"] = -(-steps // method.settings["blocks"])
     factory, settings = geolora.for_trainer(method.optimizer, **settings)

@@ -26,8 +26,8 @@ STEPS = 600
 TARGET_RANK = 5
 R = 20
 COMPLETIONS = {
-    "held at rank 5": {"start_rank": 5, "prune_every": None},
-    "held at rank 8": {"start_rank": 8, "prune_every": None},
+    "held at rank 5": {"start_rank": 5, "tail": None},
+    "held at rank 8": {"start_rank": 8, "tail": None},
     "tail 0.1, cycle of 6": {"start_rank": 2, "tail": 0.1, "prune_every": 6},
     "tail 0.1, cycle of 25": {"start_rank": 2, "tail": 0.1, "prune_every": 25},
     "tail 0.2, cycle of 25": {"start_rank": 2, "tail": 0.2, "prune_every": 25},

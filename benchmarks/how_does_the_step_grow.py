@@ -153,7 +153,7 @@ class Field:
         self, shapes: Shapes, r: int, names: list[str], device: str, as_found: bool = False
     ) -> None:
         self.device = device
-        made = makers(device, **{"prune_every": None} if as_found else {})
+        made = makers(device, **{"tail": None} if as_found else {})
         ranks = found_ranks(len(shapes)) if as_found else [r] * len(shapes)
         self.models = {name: model_of(shapes, ranks, r, device) for name in names}
         first = [p for p in self.models[names[0]].parameters() if p.requires_grad]
@@ -320,9 +320,7 @@ def accuracy(steps: int = 1000) -> dict[str, Any]:
         "adaptive, lr 1e-4": {"lr": 1e-4},
         "adaptive, lr 1e-3": {"lr": 1e-3},
     }.items():
-        pair = [
-            small(dtype, prune_every=None, **settings) for dtype in (torch.float32, torch.float64)
-        ]
+        pair = [small(dtype, tail=None, **settings) for dtype in (torch.float32, torch.float64)]
         gaps = {}
         for at in (1, 10, 100, steps):
             for _, optimizer, loss in pair:

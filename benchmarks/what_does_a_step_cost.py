@@ -88,7 +88,7 @@ def contestants(r: int, steps: int) -> dict[str, Contestant]:
         made[f"GeoLoRA, {moments}"] = Contestant(model, geolora.GeoLoRA(model, moments=moments))
     model = lora()
     half = sum(pair.A.numel() + pair.B.numel() for pair in find_pairs(model)) // 2
-    once = geolora.GeoLoRA(model, budget=half, prune_every=None, settle_after=1)
+    once = geolora.GeoLoRA(model, budget=half, settle_after=1)
     made["GeoLoRA, half held"] = Contestant(model, once)
     return made
 

@@ -34,7 +34,7 @@ def base_model():
 def trained_model():
     config = LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(base_model(), config)
-    optimizer = geolora.GeoLoRA(model, budget=BUDGET, settle_after=int(0.9 * STEPS))
+    optimizer = geolora.GeoLoRA(model, budget=BUDGET, total_steps=STEPS)
     for step in range(STEPS):
         where = torch.randint(len(TEXT) - 32, (16,), generator=torch.Generator().manual_seed(step))
         ids = torch.stack([TEXT[i : i + 32] for i in where])

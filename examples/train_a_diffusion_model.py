@@ -82,7 +82,7 @@ def know_the_kind():
 def learn_the_subject(base, prior):
     config = LoraConfig(r=8, lora_alpha=8, target_modules=ATTENTION + CONVOLUTIONS)
     model = get_peft_model(base, config)
-    optimizer = geolora.GeoLoRA(model, settle_after=int(0.9 * STEPS))
+    optimizer = geolora.GeoLoRA(model, total_steps=STEPS)
     prompts = torch.cat([SUBJECT.expand(8, -1, -1), KIND.expand(8, -1, -1)])
     for step in range(STEPS):
         pictures = torch.cat([subjects(2), discs(8, 2 * STEPS + step)])

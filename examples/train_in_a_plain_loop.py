@@ -31,7 +31,7 @@ def base_model():
 def start():
     config = LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(base_model(), config)
-    optimizer = geolora.GeoLoRA(model, settle_after=int(0.9 * STEPS))
+    optimizer = geolora.GeoLoRA(model, total_steps=STEPS)
     scheduler = torch.optim.lr_scheduler.LambdaLR(  # scales lr of the pairs and rest_lr alike
         optimizer, lambda step: min(1.0, step / WARMUP) * (1 - step / STEPS)
     )

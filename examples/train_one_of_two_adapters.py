@@ -42,7 +42,7 @@ def margin(model, step):
 
 
 def train(model, loss_of):
-    optimizer = geolora.GeoLoRA(model, settle_after=int(0.9 * STEPS), adapter_name="policy")
+    optimizer = geolora.GeoLoRA(model, total_steps=STEPS, adapter_name="policy")
     losses = []
     for step in range(STEPS):
         loss = loss_of(step)

@@ -43,7 +43,7 @@ def main(folder, dtype=torch.float32):
     base = load_base(folder / "base", dtype)
     config = LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(base, config)  # factors are float32, also over a bfloat16 base
-    optimizer = geolora.GeoLoRA(model, settle_after=int(0.9 * STEPS))
+    optimizer = geolora.GeoLoRA(model, total_steps=STEPS)
     weights, losses = plain_weights(model), []
     for step in range(STEPS):
         where = torch.randint(len(TEXT) - 32, (16,), generator=torch.Generator().manual_seed(step))

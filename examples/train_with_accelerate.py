@@ -39,7 +39,7 @@ def start():
     )
     config = LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(base_model(), config)
-    optimizer = geolora.GeoLoRA(model, settle_after=int(0.9 * STEPS))  # of the model not wrapped
+    optimizer = geolora.GeoLoRA(model, total_steps=STEPS)  # of the model not wrapped
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / STEPS)
     texts = TEXT[: STEPS * BATCHES * ROWS * 32].view(-1, 32)
     rows = DataLoader(texts, batch_size=ROWS, shuffle=True)

@@ -54,7 +54,7 @@ def start(folder):
         eval_dataset=ROWS[-200:],
         # learning_rate of TrainingArguments is not used: lr and rest_lr belong to the optimizer
         optimizer_cls_and_kwargs=geolora.for_trainer(
-            "geolora", lr=1e-2, rest_lr=1e-2, budget=BUDGET, settle_after=int(0.9 * STEPS)
+            "geolora", lr=1e-2, rest_lr=1e-2, budget=BUDGET, total_steps=STEPS
         ),
     )
 

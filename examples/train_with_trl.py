@@ -73,7 +73,7 @@ def main(folder):
         eval_dataset=Dataset.from_list(ROWS[-100:]),
         processing_class=byte_tokenizer(),
         # learning_rate of SFTConfig is not used: lr and rest_lr belong to the optimizer
-        optimizer_cls_and_kwargs=geolora.for_trainer("geolora", settle_after=int(0.9 * STEPS)),
+        optimizer_cls_and_kwargs=geolora.for_trainer("geolora", total_steps=STEPS),
     )
     geolora.log_ranks(trainer)
     before = trainer.evaluate()["eval_loss"]

@@ -44,6 +44,27 @@ def tail_rank(values: Tensor, tail: float) -> int:
     raise AssertionError
 
 
+def share_ranks(layers: list["Plain"]) -> list[int]:
+    """Ranks of layers whose directions, those that gain most per parameter, gain all but a share `tail`.
+
+    All directions in one list, from the least on; every layer keeps its first.
+    """
+    listed, total = [], 0.0
+    for place, layer in enumerate(layers):
+        for rank in range(layer.U.shape[1]):
+            gain = float(layer.gain[rank]) * layer.unit
+            total += gain
+            if rank:
+                listed.append((gain / sum(layer.W.shape), gain, place))
+    lost, ranks = 0.0, [layer.U.shape[1] for layer in layers]
+    for _, gain, place in sorted(listed):
+        lost += gain
+        if lost > layers[0].tail * total:
+            break
+        ranks[place] -= 1
+    return [max(1, rank) for rank in ranks]
+
+
 def soft_sign(M: Tensor, soften: float) -> Tensor:
     """Every singular value t of M becomes t / (t + soften * t_1)."""
     P, values, Qt = torch.linalg.svd(M, full_matrices=False)
@@ -63,9 +84,9 @@ class Plain:
     lr: float
     moments: str = "none"
     momentum: float = 0.8
-    tail: float = 0.1
-    prune_every: int | None = 25
-    settle_after: int | None = None
+    tail: float | None = 0.1
+    prune_every: int | None = None
+    settle_after: int | None = 20
     start_rank: int | None = None
     soften: float = 0.01
     width: float | None = None
@@ -76,6 +97,7 @@ class Plain:
         self.r = self.A.shape[0]
         self.W = self.scale * self.B @ self.A
         self.M = torch.zeros_like(self.W)
+        self.gain = torch.zeros(self.r, dtype=self.A.dtype)
         if self.B.abs().max() == 0:
             self.settled = self.start_rank or self.r
             self.U = self.W[:, :0]
@@ -86,10 +108,12 @@ class Plain:
 
     @property
     def phase(self) -> str:
+        if self.tail is None:
+            return "hold"
         if self.settle_after is not None and self.steps >= self.settle_after:
             return "judge" if self.steps == self.settle_after else "hold"
         if self.prune_every is None:
-            return "hold" if self.settle_after is None else "grow"
+            return "grow"
         at, growing = self.steps % self.prune_every, self.prune_every // 6
         return "grow" if at < growing else "judge" if at == growing else "hold"
 
@@ -104,13 +128,17 @@ class Plain:
         M = self.momentum * self.M + projection(G, self.U, self.V)
         return self.unit * float(M.norm())
 
-    def step(self, G: Tensor, share: float = 1.0) -> None:
+    def step(self, G: Tensor, share: float = 1.0, alone: bool = True) -> None:
         """One step; `share` is what the layer takes of an adaptive step, 1 where it is alone."""
         phase = self.phase
         beta, used = 0.0 if self.moments == "none" else self.momentum, self.V.shape[1]
         before = self.M
         self.M = move = beta * before + projection(G, self.U, self.V)
         lr = self.lr
+        if self.moments == "adaptive" and phase != "hold":
+            for side in (self.M @ self.V, self.M.mT @ self.U):
+                values = torch.linalg.svdvals(side)
+                self.gain[: len(values)] += values
         if self.moments == "adaptive":
             U = basis_of(torch.cat([self.U, self.M @ self.V], dim=1))
             V = basis_of(torch.cat([self.V, self.M.mT @ self.U], dim=1))
@@ -119,7 +147,7 @@ class Plain:
             move = projection(soft_sign(ahead, self.soften), self.U, self.V)
             lr = share * lr * self.unit * (8 / max(1, used)) ** 0.5
         U, values, V = truncated(self.W - lr * move, self.settled if phase == "hold" else self.r)
-        if phase == "judge":
+        if phase == "judge" and self.moments != "adaptive":
             self.settled = max(1, tail_rank(values, self.tail))
             U, values, V = U[:, : self.settled], values[: self.settled], V[:, : self.settled]
         if len(values):
@@ -131,6 +159,17 @@ class Plain:
         if self.phase == "grow" and self.V.shape[1] < self.r:
             self.V = torch.cat([self.V, self.probe(self.steps - 1)], dim=1)
         self.M = projection(self.M, self.U, self.V)
+        if phase == "judge" and self.moments == "adaptive" and alone:
+            self.cut(*share_ranks([self]))
+
+    def cut(self, rank: int) -> None:
+        """What is left of the layer when it is judged to have this rank."""
+        self.settled = rank
+        if self.U.shape[1]:
+            self.U, values, self.V = truncated(self.W, rank)
+            self.W = self.U @ torch.diag(values) @ self.V.mT
+        self.M = projection(self.M, self.U, self.V)
+        self.gain.zero_()
 
     def probe(self, step: int) -> Tensor:
         """The random direction of a grow step, orthogonal to V."""
@@ -143,10 +182,14 @@ class Plain:
 
 def step_all(layers: list[Plain], gradients: list[Tensor]) -> None:
     """One adaptive step of all layers: their sizes follow their forces, mean square 1."""
+    judged = layers[0].phase == "judge"
     forces = [layer.force(G) for layer, G in zip(layers, gradients, strict=True)]
     size = (sum(force**2 for force in forces) / len(forces)) ** 0.5
     for layer, G, force in zip(layers, gradients, forces, strict=True):
-        layer.step(G, force / size if size else 1.0)
+        layer.step(G, force / size if size else 1.0, alone=False)
+    if judged:
+        for layer, rank in zip(layers, share_ranks(layers), strict=True):
+            layer.cut(rank)
 
 
 def trajectory(plain: Plain, gradient: Callable[[Tensor], Tensor], steps: int) -> Iterator[Plain]:
@@ -213,7 +256,9 @@ def geolora(pairs: list[Pair], t: int, lr: float, moments: str = "adaptive") -> 
     for pair in pairs:
         if t == 1:
             start = pair.A, pair.B, pair.s, pair.name, lr, moments
-            pair.memory["layer"] = Plain(*start, prune_every=12, start_rank=2, width=width)
+            pair.memory["layer"] = Plain(
+                *start, prune_every=12, settle_after=None, start_rank=2, width=width
+            )
         layers.append(pair.memory["layer"])
     if moments == "adaptive":
         step_all(layers, [pair.G for pair in pairs])

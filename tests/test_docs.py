@@ -135,7 +135,7 @@ def test_formulas_of_state_and_step(moments: str, shape: tuple[int, int, int]) -
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(d_in, d_out, bias=False))
     model = get_peft_model(net, LoraConfig(r=r, lora_alpha=r, target_modules=["0"]))
-    optimizer = geolora.GeoLoRA(model, moments=moments, prune_every=None)
+    optimizer = geolora.GeoLoRA(model, moments=moments, tail=None)
     inputs, wanted = torch.randn(80, d_in), torch.randn(80, d_out)
     for _ in range(3):
         optimizer.zero_grad()

@@ -59,7 +59,7 @@ TABLE = """
     optim.adamw                      :
     optim.base                       : errors methods pairs optim.adamw optim.buckets optim.layout optim.nonfinite optim.saved_state
     optim.buckets                    : pairs
-    optim.geolora                    : errors kernels pairs optim.base optim.buckets optim.geolora_step.across_layers optim.geolora_step.bucket_step optim.geolora_step.masters optim.geolora_step.rank_cycle optim.geolora_step.slot_widths optim.nonfinite optim.saved_state
+    optim.geolora                    : errors kernels methods pairs optim.base optim.buckets optim.geolora_step.across_layers optim.geolora_step.bucket_step optim.geolora_step.masters optim.geolora_step.rank_cycle optim.geolora_step.slot_widths optim.nonfinite optim.saved_state
     optim.geolora_step.across_layers : kernels methods optim.geolora_step.bucket_step optim.geolora_step.rank_cycle
     optim.geolora_step.bucket_step   : kernels methods pairs optim.buckets optim.geolora_step.masters optim.geolora_step.rank_cycle
     optim.geolora_step.masters       : kernels pairs optim.buckets optim.geolora_step.rank_cycle optim.saved_state
@@ -87,6 +87,7 @@ TABLE = """
     settings.other_tools             : errors
     settings.strict_yaml             : errors settings.other_tools
     settings.train_config            : methods
+    starts.find_lr                   : errors kernels methods pairs processes report starts.gradient_pass
     starts.gradient_pass             : errors kernels pairs processes
     starts.gradient_state            : adapters errors kernels pairs starts.gradient_pass
     starts.lora_ga                   : errors methods pairs starts.gradient_pass starts.gradient_state
@@ -114,7 +115,8 @@ TABLE = """
     training.peft_recipes            : adapters errors pairs training.recipes
     training.recipes                 : adapters errors methods pairs settings starts trainer
     training.resume                  : errors files processes settings training.checkpoints training.identity
-    training.run                     : errors files processes settings starts tasks trainer training.batch_order training.check training.checkpoints training.clock training.identity training.peak_memory training.recipes training.resume
+    training.run                     : errors files processes settings starts tasks trainer training.batch_order training.check training.checkpoints training.clock training.identity training.peak_memory training.recipes training.resume training.step_size
+    training.step_size               : files processes settings starts training.check training.recipes
 """
 """Module : what it may import of ours: whole rooms (folders, or files at the top), and files of its own room.
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from geolora.optim.lora_sb import LoRASB
     from geolora.optim.rac_lora import RACLoRA
     from geolora.optim.riemannian import RiemannianAdamW
+    from geolora.starts.find_lr import find_lr
     from geolora.starts.gradient_state import get_lora_one_state
     from geolora.starts.lora_ga import initialize_lora_ga, keep_second_half
     from geolora.starts.lora_one import initialize_lora_one
@@ -31,6 +32,7 @@ __all__ = [
     "RACLoRA",
     "RiemannianAdamW",
     "export",
+    "find_lr",
     "for_trainer",
     "get_lora_one_state",
     "initialize_lora_ga",
@@ -53,6 +55,7 @@ _HOME = {
     "RACLoRA": "geolora.optim.rac_lora",
     "RiemannianAdamW": "geolora.optim.riemannian",
     "export": "geolora.adapters.export",
+    "find_lr": "geolora.starts.find_lr",
     "for_trainer": "geolora.trainer",
     "get_lora_one_state": "geolora.starts.gradient_state",
     "initialize_lora_ga": "geolora.starts.lora_ga",

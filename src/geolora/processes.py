@@ -24,9 +24,14 @@ def on_cpu() -> bool:
     return torch.backends.mps.is_available() or not torch.accelerator.is_available()
 
 
+def rank() -> int:
+    """Which of the processes that share the run this is."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def is_first() -> bool:
     """Whether this is the one process that writes for all."""
-    return os.environ.get("RANK", "0") == "0"
+    return rank() == 0
 
 
 def wait_for_all() -> None:
@@ -68,4 +73,4 @@ def one_device(arguments: Any) -> Any:
 def own_dropout(seed: int) -> None:
     """Give every process random numbers of its own, where there are several: they see other rows."""
     if count() > 1:
-        torch.manual_seed(seed + int(os.environ["RANK"]))
+        torch.manual_seed(seed + rank())

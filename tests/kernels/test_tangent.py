@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from geolora.kernels.tangent import core_of, norm, project, to_dense, transport
+from geolora.kernels.tangent import (
+    core_of,
+    distance,
+    norm,
+    predicted_decrease,
+    project,
+    to_dense,
+    transport,
+)
 from tolerances import bound, difference
 
 
@@ -74,3 +82,33 @@ def test_core_is_the_tangent_matrix_in_the_augmented_bases() -> None:
     core = core_of(left.mT @ K, right.mT @ L)
     assert difference(left @ core @ right.mT, dense(G, U, V)) < LIMIT
     assert torch.equal(core[3:, 3:], torch.zeros(3, 3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("rank", ["full", "probes", "zero"])
+def test_a_decrease_is_that_of_the_dense_projection_whatever_the_gauge(rank: str) -> None:
+    """<P(W)G, W - W+> and ||W+ - W|| from factors alone, also where directions of A have no column of B."""
+    generator = torch.Generator().manual_seed(0)
+    A, new_A = torch.randn(2, 3, 4, 9, generator=generator, dtype=torch.float64)
+    B, new_B = torch.randn(2, 3, 12, 4, generator=generator, dtype=torch.float64)
+    G = torch.randn(3, 12, 9, generator=generator, dtype=torch.float64)
+    B[..., {"full": 4, "probes": 2, "zero": 0}[rank] :] = 0.0
+    scale = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+    s = scale[:, None, None]
+    V = torch.linalg.qr(A.mT)[0]
+    U = torch.linalg.qr(B)[0] * (B != 0).any(-2, keepdim=True)
+    change = s * (B @ A - new_B @ new_A)
+    grads = s * B.mT @ G, s * G @ A.mT
+    seen = predicted_decrease((A, B), (new_A, new_B), grads)
+    assert difference(seen, (dense(G, U, V) * change).sum((-2, -1))) < 10 * LIMIT
+    length = distance((A, B), (new_A, new_B), scale)
+    assert difference(length, change.square().sum((-2, -1)).sqrt()) < LIMIT
+
+
+def test_a_small_step_between_large_factors_has_its_length() -> None:
+    generator = torch.Generator().manual_seed(0)
+    A = torch.randn(4, 30, generator=generator)
+    B = torch.randn(40, 4, generator=generator)
+    new_B = B + 1e-5 * torch.randn(40, 4, generator=generator)
+    length = distance((A, B), (A, new_B), torch.tensor(1.0))
+    exact = (new_B.double() - B.double()) @ A.double()
+    assert float(length) == pytest.approx(float(exact.norm()), rel=1e-4)

@@ -125,7 +125,8 @@ def test_it_learns(case: Case) -> None:
 def test_an_average_of_factors_is_about_the_average_of_w(case: Case) -> None:
     """Slots hold about the same directions from step to step, through whole cycles of ranks."""
     model = lora_net(r=3)
-    optimizer = made(case, model, lr=case.learns_at)
+    few = {"tail": 0.01} if case.name == "geolora" else {}  # of rank 3, a tenth of the gain is much
+    optimizer = made(case, model, lr=case.learns_at, **few)
     train(model, optimizer, 30)
     averaged, each = torch.optim.swa_utils.AveragedModel(model), []
     for _ in range(20):
@@ -261,9 +262,7 @@ def test_a_step_size_of_zero_changes_no_bit(case: Case) -> None:
 @pytest.mark.parametrize("key", OURS)
 def test_a_pair_without_a_gradient_is_left_alone(key: str) -> None:
     model = lora_net(r=3)
-    no_judgement = (
-        {"prune_every": None} if CASES[key].name == "geolora" else {}
-    )  # it is of all layers
+    no_judgement = {"tail": None} if CASES[key].name == "geolora" else {}  # it is of all layers
     optimizer = made(CASES[key], model, **no_judgement)
     train(model, optimizer, 2)
     backward(model)

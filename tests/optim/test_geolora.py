@@ -67,11 +67,11 @@ def test_t1_one_step_of_a_peft_layer_is_w_minus_lr_pg(scale: float, start: str) 
 def test_fast_step_equals_the_plain_reference(moments: str, scale: float, cycle: str) -> None:
     """50 steps, W and momentum after every one, ranks too."""
     settings = {
-        "cycle": {"prune_every": 12, "start_rank": 2, "tail": 0.1},
-        "paper": {"prune_every": 1, "start_rank": 1, "tail": 0.05},
-        "fixed": {"prune_every": None, "start_rank": 3},
+        "cycle": {"prune_every": 12, "settle_after": None, "start_rank": 2, "tail": 0.1},
+        "paper": {"prune_every": 1, "settle_after": None, "start_rank": 1, "tail": 0.05},
+        "fixed": {"tail": None, "start_rank": 3},
         "settle": {"prune_every": 12, "settle_after": 30, "tail": 0.2},
-        "once": {"prune_every": None, "settle_after": 10, "start_rank": 2, "tail": 0.2},
+        "once": {"settle_after": 10, "start_rank": 2, "tail": 0.2},
     }[cycle]
     layer = OneLayer(r=8, scale=scale)
     start = layer.A.detach().clone(), layer.B.detach().clone(), scale, layer.name, LR[moments]
@@ -104,12 +104,12 @@ def test_layers_share_a_step_by_shape_and_gradient_as_the_plain_reference_does()
     base = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 32, bias=False)).double()
     config = LoraConfig(r=2, lora_alpha=2, target_modules=["0", "1"])
     model = get_peft_model(base, config, autocast_adapter_dtype=False)
-    optimizer = geolora.GeoLoRA(model, lr=1e-3, prune_every=None)
+    optimizer = geolora.GeoLoRA(model, lr=1e-3, tail=None)
     width = math.sqrt(math.sqrt(8 * 8) * math.sqrt(8 * 32))
     found = pairs_of(model)
     plain = [
         reference.Plain(
-            A.detach().clone(), B.detach().clone(), scale, name, 1e-3, "adaptive", prune_every=None
+            A.detach().clone(), B.detach().clone(), scale, name, 1e-3, "adaptive", tail=None
         )
         for name, A, B, scale in found
     ]
@@ -144,7 +144,7 @@ def test_layers_share_a_step_by_shape_and_gradient_as_the_plain_reference_does()
 
 def test_a_budget_goes_where_the_loss_falls_and_survives_a_checkpoint() -> None:
     """Two layers of one shape: the one has the large sigmas, the other the gradients."""
-    settings = {"budget": 5 * 16, "tail": 0.0, "prune_every": None, "settle_after": 4}
+    settings = {"budget": 5 * 16, "tail": 0.0, "settle_after": 4}
 
     def made() -> tuple[nn.Module, geolora.GeoLoRA]:
         torch.manual_seed(0)
@@ -187,7 +187,7 @@ def test_float32_follows_float64(moments: str) -> None:
         wide.A.copy_(narrow.A)
         wide.layer.base_layer.weight.copy_(narrow.layer.base_layer.weight)
     optimizers = [
-        geolora.GeoLoRA(one.model, lr=LR[moments], moments=moments, prune_every=None)
+        geolora.GeoLoRA(one.model, lr=LR[moments], moments=moments, tail=None)
         for one in (wide, narrow)
     ]
     magnified = 100 if moments == "adaptive" else 1
@@ -328,9 +328,7 @@ def test_ranks_are_kept_once_settled() -> None:
 
 def test_the_last_judgement_waits_for_a_step_that_moves() -> None:
     model = lora_net(r=6)
-    optimizer = geolora.GeoLoRA(
-        model, lr=1e-3, tail=0.0, budget=100, settle_after=3, prune_every=None
-    )
+    optimizer = geolora.GeoLoRA(model, lr=1e-3, tail=0.0, budget=100, settle_after=3)
     for lr in (1e-3, 1e-3, 1e-3, 0.0, 0.0, 1e-3, 1e-3):
         optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = lr
         assert optimizer.adapter_parameters() == 6 * 70 or lr != 0.0
@@ -343,7 +341,7 @@ def test_the_last_judgement_waits_for_a_step_that_moves() -> None:
 
 def test_a_pruned_or_reloaded_model_is_read_again() -> None:
     layer = OneLayer(r=6, scale=2.0)
-    optimizer = geolora.GeoLoRA(layer.model, lr=0.05, moments="momentum", prune_every=None)
+    optimizer = geolora.GeoLoRA(layer.model, lr=0.05, moments="momentum", tail=None)
     for _ in range(5):
         layer.backward()
         optimizer.step()
@@ -604,7 +602,7 @@ def test_partitioned_factors_are_refused() -> None:
         ({"budget": 100.5}, "`budget` must be a whole number"),
         ({"tail": "0.2"}, "`tail`.*got '0.2'"),
         ({"settle_after": -1}, "`settle_after`.*-1"),
-        ({"budget": 99, "prune_every": None}, "`budget`.*None where"),
+        ({"budget": 99, "tail": None}, "`budget`.*None where"),
         ({"start_rank": 5}, "`start_rank`.*5.*r=4"),
         ({"max_tangent_norm": 0.0}, "`max_tangent_norm`"),
         ({"adapter_name": "other"}, "`adapter_name`.*default.*'other'"),
@@ -742,8 +740,9 @@ def test_layers_with_few_slots_in_use_go_apart(
         monkeypatch.setattr(slot_widths, "WORTH", worth)
         torch.manual_seed(0)
         model = get_peft_model(copy.deepcopy(base), config).to(dtype)
+        tail = 0.05 if moments == "adaptive" else 0.3
         optimizer = geolora.GeoLoRA(
-            model, lr=LR[moments], moments=moments, prune_every=10, tail=0.3
+            model, lr=LR[moments], moments=moments, prune_every=10, tail=tail
         )
         found = pairs_of(model)
         for step in range(25):
@@ -801,7 +800,7 @@ def test_factors_written_through_data_are_read_again(write: str, dtype: torch.dt
     """As moving averages do it: no version counts up."""
     model = lora_net(dtype=dtype)
     twin = copy.deepcopy(model)
-    optimizers = [geolora.GeoLoRA(one, lr=1e-3, prune_every=None) for one in (model, twin)]
+    optimizers = [geolora.GeoLoRA(one, lr=1e-3, tail=None) for one in (model, twin)]
     for one, optimizer in zip((model, twin), optimizers, strict=True):
         train(one, optimizer, 3, dtype=dtype)
     average = {name: 0.1 * p.detach().clone() for name, p in model.named_parameters()}

@@ -62,7 +62,7 @@ def config(model: Path, tmp_path: Path) -> TrainConfig:
         model=str(model), task="causal-lm", prompt="question", completion="answer",
         train=write(tmp_path / "train.jsonl", sums(64, 0)),
         eval=write(tmp_path / "dev.jsonl", sums(12, 1)),
-        rank=8, lr=3e-2, max_steps=150, batch_size=16, max_new_tokens=8,
+        rank=8, lr=3e-2, tail=0.0, max_steps=150, batch_size=16, max_new_tokens=8,
         output=str(tmp_path / "out"),
     )  # fmt: skip
 

@@ -30,7 +30,7 @@ def config(tmp_path: Path) -> TrainConfig:
     return TrainConfig(
         model=str(tmp_path / "model"), task="image-classification",
         train=str(tmp_path / "train.npz"), eval=str(tmp_path / "dev.npz"), rank=4, lr=2e-2,
-        max_steps=40, batch_size=16, seed=1, output=str(tmp_path / "out"),
+        tail=0.0, max_steps=40, batch_size=16, seed=1, output=str(tmp_path / "out"),
     )  # fmt: skip
 
 

@@ -67,7 +67,7 @@ def settings(model: Path, method: str, **more: object) -> TrainConfig:
     base = TrainConfig(
         model=str(model), method=method, rank=RANK, lr=LRS.get(method, 2e-2),
         max_steps=60, batch_size=16,
-        output=str(model.parent / method), budget=budget,
+        output=str(model.parent / method), budget=budget, tail=0.01,
     )  # fmt: skip
     return dataclasses.replace(base, **more)
 

@@ -23,10 +23,12 @@ COMMANDS = {
     "export": export,
     "verify": verify,
 }
-WRONG_KIND = re.compile(r"argument (\S+): invalid (int|float) value: (.*)", re.DOTALL)
+WRONG_KIND = re.compile(
+    r"argument (\S+): invalid (int|float|number_or_auto) value: (.*)", re.DOTALL
+)
 WITHOUT_VALUE = re.compile(r"argument (\S+): expected one argument")
 """What argparse says of a flag's value."""
-KINDS = {"int": "a whole number", "float": "a number"}
+KINDS = {"int": "a whole number", "float": "a number", "number_or_auto": "a number or auto"}
 
 
 class Parser(argparse.ArgumentParser):

@@ -69,7 +69,7 @@ def _read(folder: Path) -> dict[str, Any] | None:
     Raises:
         DataError: the folder is neither, or is missing, unfinished or damaged.
     """
-    from geolora.report.shape import wrong_comparison, wrong_history, wrong_run
+    from geolora.report.shape import wrong_comparison, wrong_history, wrong_run, wrong_search
 
     if not is_folder(folder):
         what = "is a file" if exists(folder) else "does not exist"
@@ -93,9 +93,9 @@ def _read(folder: Path) -> dict[str, Any] | None:
         )
     report = _json(folder / "report.json")
     _refuse(folder / "report.json", wrong_run(report))
-    if (folder / "history.json").exists():
-        history = _json(folder / "history.json")
-        _refuse(folder / "history.json", wrong_history(history))
+    for name, fault in (("history.json", wrong_history), ("step_size.json", wrong_search)):
+        if (folder / name).exists():
+            _refuse(folder / name, fault(_json(folder / name)))
     if (folder / "run.json").exists():
         settings = _json(folder / "run.json")
         wrong = None if isinstance(settings, dict) else "it is not a mapping of settings"

@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_flag(group: typing.Any, spec: dataclasses.Field) -> None:
     flag, text = f"--{spec.name.replace('_', '-')}", spec.metadata["help"]
     hint, choices = typing.get_type_hints(TrainConfig)[spec.name], spec.metadata["choices"]
+    kind = number_or_auto if spec.name == "lr" else _plain(hint)
     if hint is bool:
         group.add_argument(
             flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
@@ -54,7 +55,7 @@ def _add_flag(group: typing.Any, spec: dataclasses.Field) -> None:
     default = "" if spec.default in (None, "") else f" ({spec.default})"
     group.add_argument(
         flag,
-        type=_plain(hint),
+        type=kind,
         default=argparse.SUPPRESS,
         metavar=spec.name.upper(),
         help=text + (f": {', '.join(choices)}" if choices else "") + default,
@@ -85,11 +86,16 @@ def summary(report: dict, output: str, budget: int | None = None) -> list[str]:
     ranks = list(report["ranks"].values())
     return [
         f"{report['metric']} {report['value']:.4f} after {report['steps']} steps "
-        f"({report['seconds_per_step']:.3f} s each)",
+        f"({report['seconds_per_step']:.3f} s each) of size {report['lr']:.2g}",
         f"adapter: {report['adapter_parameters']:,} parameters{limit} in {len(ranks)} layers, "
         f"ranks {min(ranks)} to {max(ranks)} (file: {report['exported_parameters']:,})",
         f"written: {output}/adapter, {output}/report.json, {output}/report.html",
     ]
+
+
+def number_or_auto(text: str) -> float | None:
+    """What `--lr` takes: None stands for a search."""
+    return None if text == "auto" else float(text)
 
 
 def _plain(hint: typing.Any) -> typing.Any:

@@ -46,7 +46,9 @@ CHECKPOINT: dict[str, Any] = {
 }
 """What Trainer saves, and we beside it."""
 RUN: dict[str, Any] = {
-    **_files("report.json history.json labels.json config.yaml run.json report.html ranks.png"),
+    **_files(
+        "report.json history.json labels.json step_size.json config.yaml run.json report.html ranks.png"
+    ),
     **_files(".adapter.lock"),
     **dict.fromkeys(["adapter", ".adapter.partial", ".adapter.replaced", "start"], ADAPTER),
     "checkpoints": {"checkpoint-*": CHECKPOINT, "tmp-checkpoint-*": CHECKPOINT},

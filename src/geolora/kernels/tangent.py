@@ -75,3 +75,48 @@ def core_of(RK: Tensor, RL: Tensor) -> Tensor:
     r = RK.shape[-1]
     rest = torch.cat([RL[..., r:, :].mT, torch.zeros_like(RK[..., r:, :])], dim=-2)
     return torch.cat([RK, rest], dim=-1)
+
+
+Factors = tuple[Tensor, Tensor]
+"""A (*batch, r, d_in) and B (*batch, d_out, r) of W = s B A."""
+
+
+def predicted_decrease(before: Factors, after: Factors, grads: Factors) -> Tensor:
+    """<P(W)G, W - W+> (*batch,): how far the loss falls from W to W+, to first order; float64.
+
+    For a step inside the tangent space at W that is <G, W - W+>. The projection comes from the factors'
+    gradients alone, whatever the gauge: U U^T G = B (B^T B)^+ grad_A / s, G V V^T = grad_B (A A^T)^+ A / s.
+
+    Args:
+        before, after: factors of W and of W+, of the same s.
+        grads: of the loss with respect to A and B, at W; s is in them.
+    """
+    (A, B), (grad_A, grad_B) = _double(before), _double(grads)
+    left, right = _pseudo_inverse(B.mT @ B), _pseudo_inverse(A @ A.mT)
+    of_both = left @ (B.mT @ grad_B) @ right
+
+    def along(other: Factors) -> Tensor:  # <P(W)G, s other_B other_A>
+        other_A, other_B = _double(other)
+        from_left, from_right = B.mT @ other_B, A @ other_A.mT
+        seen_left = left @ (grad_A @ other_A.mT) * from_left
+        seen_right = (grad_B.mT @ other_B) * (right @ from_right)
+        return (seen_left + seen_right - (of_both @ from_right) * from_left).sum((-2, -1))
+
+    return along(before) - along(after)
+
+
+def distance(before: Factors, after: Factors, scale: Tensor) -> Tensor:
+    """||W+ - W||_F (*batch,), float64, of two pairs with the same s (*batch,)."""
+    both = [_double(before), _double(after)]
+    A, B = torch.cat([A for A, _ in both], -2), torch.cat([both[0][1], -both[1][1]], -1)
+    return scale.double() * ((B.mT @ B) * (A @ A.mT)).sum((-2, -1)).clamp(min=0).sqrt()
+
+
+def _double(factors: Factors) -> Factors:
+    A, B = factors
+    return A.double(), B.double()
+
+
+def _pseudo_inverse(gram: Tensor) -> Tensor:
+    """Of Gram matrices (*batch, r, r) in float64; eigenvalues below 1e-12 of the largest count as zero."""
+    return torch.linalg.pinv(gram, rtol=1e-12, hermitian=True)

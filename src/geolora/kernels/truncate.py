@@ -74,24 +74,60 @@ def ranks_in_budget(
     return ranks
 
 
+def ranks_by_share(
+    worth: Sequence[Tensor], costs: Sequence[int], counts: Sequence[int], tail: float
+) -> list[int]:
+    """The ranks of all layers at once that hold all but a share `tail` of what directions are worth.
+
+    Directions are given up from the least worth per parameter on, until what is given up would exceed
+    tail * sum(worth). Every layer keeps one of the directions it has. Ties go to the earlier layer.
+
+    Args:
+        worth: per layer (k_i,), descending, non-negative.
+        costs: per layer, parameters of one direction. counts: per layer, how many directions it has.
+        tail: share of the sum that may be given up, in [0, 1); 0 gives up none.
+    """
+    ranks = [int(count) for count in counts]
+    known = [row[:rank].tolist() for row, rank in zip(worth, ranks, strict=True)]
+    left = tail * sum(map(sum, known))
+    density = [
+        (value / cost, -layer, value)
+        for layer, (row, cost) in enumerate(zip(known, costs, strict=True))
+        for value in row[1:]
+    ]
+    # within a layer they descend, so what is given up of a layer is always its last directions
+    for _, layer, value in sorted(density):
+        left -= value
+        if left < 0 or tail == 0:
+            break
+        ranks[-layer] -= 1
+    return ranks
+
+
 def settled_ranks(
     sigmas: Sequence[Tensor],
     costs: Sequence[int],
     tail: float,
     budget: int | None,
     worth: Sequence[Tensor] | None = None,
+    tail_of_worth: bool = True,
 ) -> list[int]:
-    """The rank of every layer when it is judged: by its tail, then by a budget over all layers.
+    """The rank of every layer when it is judged: by the tail, then by a budget over all layers.
 
     A layer keeps one slot even where all its singular values are zero, and it is paid for.
 
     Args:
         sigmas: per layer (k_i,), descending, non-negative.
         costs, budget: as in `ranks_in_budget`; budget None means no limit.
-        tail: as in `rank_by_tail`.
+        tail: as in `ranks_by_share` where it is of worth, else as in `rank_by_tail`.
         worth: per layer (k_i,), descending: what the budget is shared out by; None for sigma^2.
+        tail_of_worth: whether the tail is judged by it too.
     """
-    ranks = [int(rank_by_tail(sigma, tail)) for sigma in sigmas]
+    if worth is None or not tail_of_worth:
+        ranks = [int(rank_by_tail(sigma, tail)) for sigma in sigmas]
+    else:
+        counts = [int((sigma > 0).sum()) for sigma in sigmas]
+        ranks = ranks_by_share(worth, costs, counts, tail)
     if budget is not None:
         empty = sum(cost for rank, cost in zip(ranks, costs, strict=True) if rank == 0)
         if worth is not None:  # a direction that is there counts, whatever it is worth

@@ -91,12 +91,12 @@ ROWS = (
         takes_budget=True,
         clips_gradients=False,  # it would change lr per W
         defaults=(
-            "`lr` 7e-3 (adaptive), 1e-2 (momentum), 0.1 (none); momentum 0.8; tail 0.25; cycle of 25 "
-            "steps, on the command line one judgement after 10 %"
+            "`lr` 7e-3 (adaptive), 1e-2 (momentum), 0.1 (none); momentum 0.8; tail 0.2, of the gain; judged "
+            "once, after 10 % of the steps"
         ),
         notes=(
-            "no S⁻¹; nothing is invented where a gradient adds no direction; ranks are judged once in"
-            " a cycle; momentum is carried to the new point; the adaptive step is ours"
+            "no S⁻¹; nothing is invented where a gradient adds no direction; ranks are judged once;"
+            " momentum is carried to the new point; the adaptive step is ours"
         ),
     ),
     Method(

@@ -11,6 +11,8 @@ Differences from the paper and the authors' code: no S^-1 anywhere, so sigma = 0
 Defaults: soften = 0.01, momentum 0.8, measured (docs/decisions.md); the paper has no adaptive step.
 """
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,6 +22,9 @@ from geolora.kernels.augment import KEEP, Span, orthonormal
 from geolora.kernels.decompose import eigh, leading_eigenvectors
 from geolora.kernels.tangent import core_of
 from geolora.kernels.truncate import leading, numerical_rank
+
+REFERENCE_WIDTH = 1024.0
+"""Width of a model at which an adaptive step of a square layer has spectral norm lr."""
 
 
 class Move(NamedTuple):
@@ -112,6 +117,16 @@ def _leading_singular(
     values = squares.clamp(min=0).sqrt()
     P = (core @ Q) / torch.where(values > 0, values, 1.0).unsqueeze(-2)
     return P, values, Q, KEEP * torch.finfo(torch.float32).eps
+
+
+def units(shapes: Sequence[tuple[int, int]]) -> list[float]:
+    """What a step size is multiplied by in every layer of a model, given their (d_out, d_in).
+
+    1 for square layers of width 1024, proportional to sqrt(max(d_out, d_in)) within a model and to 1 / width
+    between models; the width of a model is the geometric mean of sqrt(d_out d_in) over its layers.
+    """
+    width = math.exp(sum(math.log(d_out * d_in) / 2 for d_out, d_in in shapes) / len(shapes))
+    return [math.sqrt(REFERENCE_WIDTH * max(shape)) / width for shape in shapes]
 
 
 def shares(forces: Tensor, live: Tensor) -> Tensor:

@@ -197,7 +197,7 @@ class LowRankOptimizer(torch.optim.Optimizer, ABC):
 
     def _expected(self) -> Expected:
         of_pairs = {row: set(settings_of(resolve(METHODS[row].optimizer))) for row in OPTIMIZERS}
-        beside = {"rest_lr", "adapter_name"}
+        beside = {"rest_lr", "adapter_name", "total_steps"}
         settings = of_pairs[self.method] - beside
         common = {"kind", "params", "layers", "scales", "skipped"}
         return Expected(

@@ -15,6 +15,7 @@ from torch import nn
 
 from geolora.errors import SettingError
 from geolora.kernels.tangent import norm
+from geolora.methods.geolora import units
 from geolora.optim.base import LowRankOptimizer
 from geolora.optim.buckets import pairs_of
 from geolora.optim.geolora_step.across_layers import (
@@ -33,9 +34,9 @@ from geolora.pairs.find import Pair, check_budget, find_pairs
 from geolora.pairs.point import Gauge, balanced_gauge, slot_lengths
 
 MOMENTS = ("adaptive", "momentum", "none")
+JUDGE, SETTLE = 0.1, 20
+"""When ranks are judged: after this share of the steps, or after so many where their number is not known."""
 DEFAULT_LR = {"adaptive": 7e-3, "momentum": 1e-2, "none": 1e-1}
-REFERENCE_WIDTH = 1024.0
-"""Width of a model at which an adaptive step of a square layer has spectral norm lr."""
 
 
 class GeoLoRA(LowRankOptimizer):
@@ -45,11 +46,11 @@ class GeoLoRA(LowRankOptimizer):
 
         W+ = truncate(W - lr M),    M = P(W)G  or a momentum of it,
 
-    where P(W)G = U U^T G + G V V^T - U U^T G V V^T. Ranks change in a cycle of `prune_every` steps:
-    for the first sixth the rank may double at each step up to the pair's r (grow), then it is
-    judged once by `tail` and `budget` (judge), then kept (hold). In grow steps a layer with a free
-    slot also looks along one random direction w, adding G w w^T to M: the tangent space alone can
-    be blind. The pair keeps its shape: slots that are not in use are zero on both sides.
+    where P(W)G = U U^T G + G V V^T - U U^T G V V^T. In the first steps the rank may double at each
+    step up to the pair's r (grow), then it is judged by `tail` and `budget` (judge), then kept (hold):
+    once, or in a cycle of `prune_every` steps. In grow steps a layer with a free slot also looks along
+    one random direction w, adding G w w^T to M: the tangent space alone can be blind. The pair keeps
+    its shape: slots that are not in use are zero on both sides.
 
     Args:
         model: a PeftModel, or any module with LoRA layers (see `pairs/find.py` for which are treated).
@@ -67,13 +68,18 @@ class GeoLoRA(LowRankOptimizer):
             paper's step).
         momentum: factor of the momentum before, in [0, 1); not used with moments="none".
         start_rank: slots to start with where B = 0; None for all r of the pair.
-        tail: fraction of ||sigma||_2 a layer may lose when judged, in [0, 1).
-        prune_every: steps in a cycle; 1 judges at every step, as in the paper; None has no cycle: the
-            rank grows until it is judged once, at `settle_after`, or is kept where that is None.
-        settle_after: number of steps after which the rank is judged a last time and then kept.
+        tail: what may be given up when ranks are judged, in [0, 1); None judges never and keeps the ranks.
+            With moments="adaptive" a share of all that the directions of all layers gain, which is
+            the fall of the loss, to first order, in the steps before: those that gain least per
+            parameter go. Else a fraction of ||sigma||_2 in every layer, as in the paper.
+        total_steps: steps of the run: the rank grows for a tenth of them and is then judged, once. None:
+            20 steps, of a run of any length.
+        prune_every: steps in a cycle: grow for the first sixth, judge, hold; 1 judges at every step, as in
+            the paper; None has no cycle.
+        settle_after: number of steps after which the rank is judged a last time and then kept; None
+            takes what `total_steps` says. A cycle of unknown length has no last one.
         budget: adapter parameters, sum of rank * (d_in + d_out), kept at every judgement. Shared out by
-            what directions gain per parameter: with moments="adaptive" the fall of the loss, to first
-            order, in the steps before; else sigma^2.
+            what directions gain per parameter, or by sigma^2, as `tail` is.
         max_tangent_norm: bound on the norm of P(W)G over all layers; larger ones are scaled down.
         adapter_name: which adapter of the model; None for the active one.
 
@@ -103,7 +109,7 @@ class GeoLoRA(LowRankOptimizer):
     kind = "geometric"
     keeps = ("ranks", "cost", "unit", "steps", "settled")
     same_names = True  # probes are drawn by them
-    newer = ("turn",)
+    newer = ("turn", "gain")
 
     def __init__(
         self,
@@ -114,8 +120,9 @@ class GeoLoRA(LowRankOptimizer):
         moments: str = "adaptive",
         momentum: float = 0.8,
         start_rank: int | None = None,
-        tail: float = 0.25,
-        prune_every: int | None = 25,
+        tail: float | None = 0.2,
+        total_steps: int | None = None,
+        prune_every: int | None = None,
         settle_after: int | None = None,
         budget: int | None = None,
         max_tangent_norm: float | None = None,
@@ -124,15 +131,16 @@ class GeoLoRA(LowRankOptimizer):
         self._demand("moments", moments, moments in MOMENTS, f"one of {MOMENTS}")
         lr = DEFAULT_LR[moments] if lr is None else lr
         self._number("momentum", momentum, "in [0, 1)", lambda v: 0 <= v < 1)
-        self._number("tail", tail, "in [0, 1)", lambda v: 0 <= v < 1)
+        self._number("tail", tail, "None or in [0, 1)", lambda v: 0 <= v < 1, True)
         for name, value, least in (
+            ("total_steps", total_steps, 1),
             ("prune_every", prune_every, 1),
             ("start_rank", start_rank, 1),
             ("settle_after", settle_after, 0),
         ):
             self._whole(name, value, least, f"None or >= {least}, a whole number", optional=True)
-        kept = budget is None or prune_every is not None or settle_after is not None
-        self._demand("budget", budget, kept, "None where `prune_every` and `settle_after` are None")
+        kept = budget is None or tail is not None
+        self._demand("budget", budget, kept, "None where `tail` is None: no rank is judged then")
         self._number("max_tangent_norm", max_tangent_norm, "None or > 0", lambda v: v > 0, True)
 
         pairs = find_pairs(model, adapter_name, with_sharded=True)
@@ -143,6 +151,10 @@ class GeoLoRA(LowRankOptimizer):
                     f"for r={pair.r} in `{pair.name}`. Lower it, or raise `r` in LoraConfig."
                 )
         check_budget([pair.cost for pair in pairs], budget)
+        if settle_after is None and total_steps is not None:
+            settle_after = int(JUDGE * total_steps)
+        if settle_after is None and prune_every is None:
+            settle_after = SETTLE
         settings = {
             "lr": lr,
             "moments": moments,
@@ -161,19 +173,17 @@ class GeoLoRA(LowRankOptimizer):
     ) -> dict[str, Any]:
         """Settled `ranks`; `cost` of a direction; `steps` taken; whether the last judgement is behind (`settled`).
 
-        `unit` is what lr is multiplied by for an adaptive step: 1 for square layers of width 1024,
-        proportional to sqrt(max(d_out, d_in)) within a model and to 1 / width between models; the width of a
-        model is the geometric mean of sqrt(d_out d_in) over its pairs.
+        `unit` is what lr is multiplied by for an adaptive step; `tail_of`, what `tail` is a share of.
         """
         first = bucket[0]
-        logs = [math.log(pair.d_in * pair.d_out) / 2 for pair in pairs]
-        width = math.exp(sum(logs) / len(logs))
+        known = units([(pair.d_out, pair.d_in) for pair in pairs])
         return {
             "ranks": [settings["start_rank"] or first.r] * len(bucket),
             "cost": first.d_in + first.d_out,
-            "unit": math.sqrt(REFERENCE_WIDTH * max(first.d_in, first.d_out)) / width,
+            "unit": known[pairs.index(first)],
             "steps": 0,
             "settled": False,
+            "tail_of": "gain" if settings["moments"] == "adaptive" else "sigma",
         }
 
     def settled_ranks(self) -> dict[str, int]:
@@ -227,7 +237,7 @@ class GeoLoRA(LowRankOptimizer):
         2. skip: nothing moves where a gradient is not finite.
         3. see: gradients above max_tangent_norm are scaled down; K and L are added to the momentum; one pass over the
            long dimension gives the Gram matrices of [U | K] and [V | L].
-        4. weigh: what each direction gains is added up, where a budget is shared out by it.
+        4. weigh: what each direction gains is added up, where ranks are judged by it.
         5. solve: the 2r x 2r problems of all layers give the new points, capped at r.
         6. judge: where the cycle says so, ranks are cut by tail and budget.
         7. write: U, sigma, V, the momentum, and A and B, with a probe where ranks grow; slots are turned to where they

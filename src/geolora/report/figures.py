@@ -72,6 +72,17 @@ def adapter_figures(rows: list[dict[str, Any]], folder: Path, judged: str) -> li
     return paths
 
 
+def search_figure(search: dict[str, Any]) -> Any:
+    """A figure of a search for a step size: step sizes, and how far their steps could be trusted."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.0, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    panels.step_sizes(left, search)
+    panels.trust(right, search)
+    return figure
+
+
 def save(figure: Any, path: Path) -> None:
     """Write a figure as PNG, whole or not at all."""
     write_at_once(path, lambda file: figure.savefig(file, dpi=150, format="png"))

@@ -15,7 +15,7 @@ from geolora.errors import install
 from geolora.files.writing import write_text
 from geolora.report import panels, view
 from geolora.report.clean import clean, read_clean, without_folders
-from geolora.report.figures import can_draw, ranks_figure
+from geolora.report.figures import can_draw, ranks_figure, search_figure
 from geolora.report.inline import inline, plain_names
 
 NAME = "report.html"
@@ -72,7 +72,7 @@ def write_comparison(folder: str | Path) -> Path:
 
 
 def write_run(folder: str | Path, lower_is_better: bool = False) -> Path:
-    """Write the page of the run in a folder, from report.json, history.json and run.json.
+    """Write the page of the run in a folder, from report.json, history.json, step_size.json and run.json.
 
     Args:
         lower_is_better: whether less of the run's metric is better.
@@ -80,13 +80,15 @@ def write_run(folder: str | Path, lower_is_better: bool = False) -> Path:
     folder = Path(folder)
     report = read_clean(folder / "report.json")
     history = read_clean(folder / "history.json") if (folder / "history.json").exists() else []
+    file = folder / "step_size.json"
+    search = read_clean(file) if file.exists() else None
     settings = read_clean(folder / "run.json") if (folder / "run.json").exists() else {}
     return _write(
         folder,
         "run.html",
         title=f"{report['method']} on {report['task']}: {report['metric']} {report['value']:.4f}",
         facts=view.run_facts(report, lower_is_better),
-        sections=_run_figures(report, history) if can_draw() else None,
+        sections=_run_figures(report, history, search) if can_draw() else None,
         settings=view.run_settings(settings),
         versions=view.versions({name: [used] for name, used in report["versions"].items()}),
         command=without_folders(report["command"]),
@@ -156,7 +158,9 @@ def _rank_maps(summary: dict[str, Any]) -> Iterator[Row]:
 # ---- the figures of a run -----------------------------------------------------------------------
 
 
-def _run_figures(report: dict[str, Any], history: list[dict[str, Any]]) -> list[Section]:
+def _run_figures(
+    report: dict[str, Any], history: list[dict[str, Any]], search: dict[str, Any] | None
+) -> list[Section]:
     sections = []
     with plain_names():
         if history:
@@ -164,6 +168,9 @@ def _run_figures(report: dict[str, Any], history: list[dict[str, Any]]) -> list[
             panels.run_loss(axes, history)
             loss = inline(figure, "training loss over the steps")
             sections.append(Section("Training loss", [Row([loss], "")]))
+        if search:
+            found = inline(search_figure(search), "the search for the step size")
+            sections.append(Section("Step size", [Row([found], "")]))
         figure = ranks_figure(report["ranks"], max([1, *report["ranks"].values()]))
         ranks = inline(figure, "rank of every layer by depth")
         sections.append(Section("Ranks of the layers", [Row([ranks], "")]))

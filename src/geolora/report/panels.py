@@ -148,6 +148,27 @@ def run_loss(axes: Any, history: list[dict[str, Any]]) -> None:
     axes.set_ylabel("training loss")
 
 
+def step_sizes(axes: Any, search: dict[str, Any]) -> None:
+    """The step size of every probe of a search, and the one that was found."""
+    numbers = range(1, len(search["curve"]) + 1)
+    axes.grid(alpha=0.25)
+    axes.plot(numbers, [probe["lr"] for probe in search["curve"]], marker=".")
+    axes.axhline(search["lr"], linestyle="--", color="k", label=f"found: {search['lr']:.2g}")
+    axes.set_yscale("log")
+    axes.set_xlabel("probe")
+    axes.set_ylabel("step size")
+    axes.legend(frameon=False)
+
+
+def trust(axes: Any, search: dict[str, Any]) -> None:
+    """Actual over predicted decrease of the loss in every probe; values that are none are left out."""
+    known = [(i, p["trust"]) for i, p in enumerate(search["curve"], 1) if p["trust"] is not None]
+    axes.grid(alpha=0.25)
+    axes.plot([i for i, _ in known], [max(-1.0, value) for _, value in known], marker=".")
+    axes.set_xlabel("probe")
+    axes.set_ylabel("actual / predicted decrease")
+
+
 # ---- coloured maps ------------------------------------------------------------------------------
 
 

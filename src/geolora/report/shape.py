@@ -17,6 +17,7 @@ RUN = {
     "adapter_parameters": int, "exported_parameters": int, "ranks": {EACH: int},
     "peak_memory_bytes": NUMBER, "seed": int, "versions": {EACH: str}, "command": str,
 }  # fmt: skip
+SEARCH = {"lr": NUMBER, "curve": [{"lr": NUMBER, "loss": NUMBER, "trust": SOME}]}
 HISTORY = [{"step": int, "loss": NUMBER}]
 
 SCORE = {
@@ -69,6 +70,11 @@ def wrong_run(report: Any) -> str | None:
 def wrong_history(history: Any) -> str | None:
     """The first thing that is wrong with a history.json, or None."""
     return _wrong(history, HISTORY, "")
+
+
+def wrong_search(search: Any) -> str | None:
+    """The first thing that is wrong with a step_size.json, or None."""
+    return _wrong(search, SEARCH, "")
 
 
 def wrong_comparison(summary: Any) -> str | None:

@@ -211,6 +211,7 @@ def run_facts(report: dict[str, Any], lower_is_better: bool) -> Table:
         ["numbers in the adapter file", f"{report['exported_parameters']:,}"],
         ["trainable parameters", f"{report['trainable_parameters']:,}"],
         ["ranks", f"{min(ranks)} to {max(ranks)} in {counted(ranks, 'layer')}"],
+        *([["step size", f"{report['lr']:.3g}"]] if "lr" in report else []),
         ["steps", f"{report['steps']:,}"],
         ["seconds per step", f"{report['seconds_per_step']:.3f}"],
         ["seconds in all", f"{report['seconds']:,.0f}"],

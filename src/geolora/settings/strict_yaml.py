@@ -163,7 +163,8 @@ def settings_of(given: Mapping[str, Any], config: type, where: str) -> dict[str,
         if name in result:
             raise SettingError(f"{where}: `{key}` is given twice. Remove one.")
         refuse_unknown_keys({name: None}, [spec.name for spec in fields(config)], where)
-        result[name] = of_type(value, hints[name], f"{where}: `{key}`")
+        auto = name == "lr" and value == "auto"
+        result[name] = None if auto else of_type(value, hints[name], f"{where}: `{key}`")
     return result
 
 

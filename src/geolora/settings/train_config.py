@@ -69,10 +69,13 @@ class TrainConfig:
     )
     rank: int = _flag(16, "physical width r of every pair: the most a layer can use")
     start_rank: int | None = _flag(None, "rank to start with (geolora); all of --rank if not given")
-    lr: float | None = _flag(None, "step size; a default per method if not given")
+    lr: float | None = _flag(
+        None,
+        "step size; auto, or not given: found by a search before training (dora, adalora: 1e-3)",
+    )
     rest_lr: float = _flag(1e-3, "AdamW's step size for head and biases")
     budget: int | None = _flag(None, "adapter parameters to keep at most")
-    tail: float = _flag(0.25, "share of a layer's singular values that may be cut (geolora)")
+    tail: float = _flag(0.2, "share of what directions gain that may be given up (geolora)")
     epochs: float = _flag(3.0, "passes over the training file")
     max_steps: int | None = _flag(None, "number of steps; overrides --epochs")
     batch_size: int = _flag(32, "rows per step, of all processes together")

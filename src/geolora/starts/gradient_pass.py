@@ -118,7 +118,7 @@ def mean_loss(model: nn.Module, batches: Iterable[Any], loss_fn: Loss | None = N
     total, count, failure = torch.zeros((), device=device), 0, None
     with _undisturbed(model), torch.no_grad():
         try:
-            for loss in _losses(model, batches, loss_fn):
+            for loss in losses(model, batches, loss_fn):
                 total, count = total + loss.detach().float(), count + 1
         except Exception as error:  # noqa: BLE001 (raised again, on all processes)
             failure = error
@@ -132,7 +132,7 @@ def without_gradient(model: nn.Module, batch: Any) -> list[str]:
     with _undisturbed(model):
         for _, parameter in named:
             parameter.requires_grad_(True)
-        (loss,) = _losses(model, [batch], None)
+        (loss,) = losses(model, [batch], None)
         grads = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
     return [name for (name, _), grad in zip(named, grads, strict=True) if grad is None]
 
@@ -156,8 +156,8 @@ def _pass(
         ]
         count, failure = 0, None
         try:
-            for loss in _losses(model, batches, loss_fn):
-                _refuse_useless(loss)
+            for loss in losses(model, batches, loss_fn):
+                refuse_useless(loss)
                 loss.backward()
                 count += 1
                 bar.update()
@@ -171,7 +171,7 @@ def _pass(
         sketch.add(mean if from_right else mean.mT, from_right)
 
 
-def _losses(model: nn.Module, batches: Iterable[Any], loss_fn: Loss | None) -> Iterator[Tensor]:
+def losses(model: nn.Module, batches: Iterable[Any], loss_fn: Loss | None) -> Iterator[Tensor]:
     """The loss of every batch; refuses what is none."""
     from accelerate.utils import send_to_device
 
@@ -196,7 +196,8 @@ def _losses(model: nn.Module, batches: Iterable[Any], loss_fn: Loss | None) -> I
         yield loss
 
 
-def _refuse_useless(loss: Tensor) -> None:
+def refuse_useless(loss: Tensor) -> None:
+    """Raise `GradientError` for a loss that is not finite, or depends on no LoRA layer."""
     if not bool(loss.isfinite()):
         raise GradientError(f"the loss of a batch is {loss.item()}. Look at the batches.")
     if not loss.requires_grad:

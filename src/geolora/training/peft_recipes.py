@@ -124,6 +124,8 @@ class SavedByPEFT(Recipe):
 class DoRA(SavedByPEFT):
     """LoRA and a magnitude per row of W."""
 
+    finds_lr = False
+
     def lora(self) -> dict[str, Any]:
         """PEFT's flag."""
         return {"use_dora": True}
@@ -167,6 +169,8 @@ class PiSSA(SavedByPEFT):
 
 class AdaLoRA(SavedByPEFT):
     """Three factors, ranks by importance, from --rank to two thirds of it."""
+
+    finds_lr = False
 
     def check(self) -> None:
         """Refuse a rank below 2."""

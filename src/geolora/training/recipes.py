@@ -25,8 +25,6 @@ from geolora.trainer import factory_of
 
 START_ROWS = 64
 """Training rows of which the gradient of a start is taken, rounded up to whole batches."""
-JUDGE = 0.1
-"""Share of the steps after which GeoLoRA's ranks are judged, once, and then kept."""
 CHAIN = 4
 """Adapters in RAC-LoRA's chain."""
 MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
@@ -91,6 +89,9 @@ class Recipe:
         method: its row in the table. config: the settings of the run.
         start: what comes before the first step, None for PEFT's own start.
     """
+
+    finds_lr = True
+    """Whether the step size can be searched for; of plain pairs it can."""
 
     def __init__(self, method: Method, config: TrainConfig) -> None:
         self.method, self.config = method, config
@@ -318,8 +319,7 @@ class RankAdaptive(Recipe):
             "start_rank": self.config.start_rank,
             "tail": self.config.tail,
             "budget": self.config.budget,
-            "prune_every": None,
-            "settle_after": int(JUDGE * total),
+            "total_steps": total,
         }
 
 

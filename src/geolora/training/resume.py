@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,8 @@ from geolora.settings.train_config import DEFAULTS, TrainConfig
 from geolora.training.checkpoints import any_sealed, latest
 from geolora.training.identity import base_id, base_id_of_0_1, run_id
 
+DEFAULTS_OF_0_1 = {"tail": 0.25}
+"""Defaults that are others now: a run stopped then goes on with what it was begun with."""
 LEFTOVERS = ("checkpoints", "start")
 """Folders that only an unfinished run has."""
 NOT_SETTINGS = ("overwrite", "data", "base", "run")
@@ -116,7 +118,10 @@ def _found(config: TrainConfig, data_id: str, base: str) -> Opened | None:
             f"`--model`: {config.model} has changed since the run in {config.output} was stopped. "
             f"Put it back as it was; or choose another folder, or add --overwrite."
         )
-    run = saved.get("run") or run_id(config, data_id, base_id_of_0_1(config.model))
+    run = saved.get("run")
+    if run is None:
+        then = {k: saved.get(k, v) for k, v in DEFAULTS_OF_0_1.items()}
+        run = run_id(replace(config, **then), data_id, base_id_of_0_1(config.model))
     return Opened(latest(Path(config.output) / "checkpoints", run), run)
 
 
@@ -135,4 +140,6 @@ def _changed(config: TrainConfig, saved: dict[str, Any]) -> list[str]:
     known = {key: value for key, value in saved.items() if key not in NOT_SETTINGS}
     theirs = {**DEFAULTS, **known}  # a run made before a setting was there had its default
     ours = asdict(config)
+    if "run" not in saved:  # made by 0.1.0
+        theirs |= {k: DEFAULTS[k] for k, v in DEFAULTS_OF_0_1.items() if theirs[k] == v}
     return sorted(k for k in theirs if k not in NOT_SETTINGS and ours.get(k, ...) != theirs[k])

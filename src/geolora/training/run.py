@@ -36,6 +36,7 @@ from geolora.training.identity import versions
 from geolora.training.peak_memory import peak_bytes, reset_peak
 from geolora.training.recipes import Batches, Kept, Recipe, recipe_of
 from geolora.training.resume import opened, remove_leftovers
+from geolora.training.step_size import set_step_size
 
 TASKS: dict[str, Task] = {
     "text-classification": TextClassification(),
@@ -106,7 +107,7 @@ def train(
     _check_classes(config, data)
     processes.join_group()
     reset_peak()
-    ready = _prepare(config, data)
+    ready = prepare(config, data)
     recipe, model, output, data_id = ready.recipe, ready.model, Path(config.output), data.digest()
 
     with naming_disk_errors(output), opened(config, data_id) as (checkpoint, run):
@@ -119,6 +120,15 @@ def train(
         _expect_unused(ready, trainer)
         with naming_model_errors(config, trainer):
             recipe.begin(model, ready.batches, resumed=checkpoint is not None)
+            lr = set_step_size(
+                config,
+                recipe,
+                model,
+                ready.optimizer,
+                ready.batches,
+                ready.steps,
+                resumed=checkpoint is not None,
+            )
             processes.own_dropout(config.seed)
             with closing(progress):
                 _fit(ready, trainer, checkpoints, checkpoint)
@@ -140,6 +150,7 @@ def train(
                 "task": config.task,
                 "metric": metric,
                 "value": score(metric, *predicted),
+                "lr": lr,
                 "train_loss": _last_tenth(history),
                 "steps": ready.steps,
                 "seconds": sum(clock.seconds),
@@ -166,7 +177,7 @@ def train(
 
 
 @dataclass(frozen=True)
-class _Ready:
+class Ready:
     """All that a run trains with, made before anything is written.
 
     Attributes:
@@ -195,7 +206,7 @@ def _check_classes(config: TrainConfig, data: Data) -> None:
         )
 
 
-def _prepare(config: TrainConfig, data: Data) -> _Ready:
+def prepare(config: TrainConfig, data: Data) -> Ready:
     """Load the model, encode and order the rows, add the adapter; an optimizer is made for trial.
 
     Raises:
@@ -219,10 +230,10 @@ def _prepare(config: TrainConfig, data: Data) -> _Ready:
     model = recipe.add_adapter(loaded.model, loaded.heads, task.peft_type, steps, batches)
     # building one now finds unusable settings before anything is written
     optimizer[0]()(model, **optimizer[1])
-    return _Ready(config, task, recipe, loaded, model, examples, order, batches, steps, optimizer)
+    return Ready(config, task, recipe, loaded, model, examples, order, batches, steps, optimizer)
 
 
-def _trainer(ready: _Ready, clock: Any, checkpoints: Any, progress: Any) -> Any:
+def _trainer(ready: Ready, clock: Any, checkpoints: Any, progress: Any) -> Any:
     """The task's Trainer, with our callbacks."""
     config, model = ready.config, ready.model
     trainer = ready.task.trainer(
@@ -246,7 +257,7 @@ def _trainer(ready: _Ready, clock: Any, checkpoints: Any, progress: Any) -> Any:
     return trainer
 
 
-def _arguments(ready: _Ready) -> dict[str, Any]:
+def _arguments(ready: Ready) -> dict[str, Any]:
     """Settings of `TrainingArguments`."""
     config, steps = ready.config, ready.steps
     return {
@@ -291,7 +302,7 @@ def _only_our_bar(trainer: Any) -> None:
     trainer.remove_callback(PrinterCallback)
 
 
-def _expect_unused(ready: _Ready, trainer: Any) -> None:
+def _expect_unused(ready: Ready, trainer: Any) -> None:
     """Have DDP look in every step for parameters without a gradient, where the model has some.
 
     That is a pooler nobody reads, say, or layers that are dropped at random. Elsewhere looking would only
@@ -309,7 +320,7 @@ def _expect_unused(ready: _Ready, trainer: Any) -> None:
 # ---- the training -------------------------------------------------------------------------------
 
 
-def _fit(ready: _Ready, trainer: Any, checkpoints: Any, checkpoint: Path | None) -> None:
+def _fit(ready: Ready, trainer: Any, checkpoints: Any, checkpoint: Path | None) -> None:
     """Train to the last step, from the checkpoint where there is one.
 
     Raises:
@@ -338,7 +349,7 @@ def _diverged(trainer: Any) -> DivergedError:
     )
 
 
-def _how_to_go_on(ready: _Ready, step: int) -> str:
+def _how_to_go_on(ready: Ready, step: int) -> str:
     """What to say when a run was asked to stop."""
     config, done = ready.config, f"stopped after step {step} of {ready.steps}"
     if not ready.recipe.method.can_resume:
@@ -350,7 +361,7 @@ def _how_to_go_on(ready: _Ready, step: int) -> str:
 # ---- the output folder --------------------------------------------------------------------------
 
 
-def _keep_start(ready: _Ready) -> None:
+def _keep_start(ready: Ready) -> None:
     """Write what a run is begun with: config.yaml, and what its method needs later."""
     config, output = ready.config, Path(ready.config.output)
     again = replace(config, overwrite=False)  # it must not replace what it is the config of
@@ -358,7 +369,7 @@ def _keep_start(ready: _Ready) -> None:
     ready.recipe.keep_start(ready.model, output / "start")
 
 
-def _save_adapter(ready: _Ready) -> Kept:
+def _save_adapter(ready: Ready) -> Kept:
     """Write `adapter/`, at once or not at all."""
     output = Path(ready.config.output)
     with replacing(output / "adapter") as folder:

@@ -11,7 +11,7 @@ from geolora.kernels.decompose import polar
 from geolora.kernels.truncate import leading, settled_ranks
 from geolora.methods import geolora as method
 from geolora.optim.geolora_step.bucket_step import BucketStep, Chunk, both_sides
-from geolora.optim.geolora_step.rank_cycle import by_gain
+from geolora.optim.geolora_step.rank_cycle import by_gain, tail_by_gain
 
 SOFTEN = 0.01
 """e of the soft sign of an adaptive step; measured (docs/decisions.md)."""
@@ -63,7 +63,7 @@ def judge_all(steps: list[BucketStep], settings: dict[str, Any]) -> None:
     """Cut every bucket, by tail and then by the budget over all layers; what is left is in `keep` and the ranks.
 
     Args:
-        settings: `tail`, `budget` and `moments`.
+        settings: `tail`, what it is of, `budget` and `moments`.
     """
     ranks = settled_ranks(
         [sigma for step in steps for sigma in step.sigma().double().cpu()],
@@ -71,6 +71,7 @@ def judge_all(steps: list[BucketStep], settings: dict[str, Any]) -> None:
         settings["tail"],
         settings["budget"],
         _taken_gains(steps) if by_gain(settings) else None,
+        tail_by_gain(settings),
     )
     for step in steps:
         group = step.group
@@ -114,7 +115,7 @@ def _judged(step: BucketStep, chunk: Chunk) -> Tensor:
 def _taken_gains(steps: list[BucketStep]) -> list[Tensor]:
     """What the directions of all layers have gained since the last judgement; counted anew."""
     gains = [step.state["gain"] for step in steps]
-    rows = [row for gain in gains for row in gain.double().cpu()]
+    rows = [row.clone() for gain in gains for row in gain.double().cpu()]
     for gain in gains:
         gain.zero_()
     return rows

@@ -67,6 +67,8 @@ class Masters:
         if "turn" not in state:  # nor has a state that 0.1.0 saved
             n, r = state["sigma"].shape
             state["turn"] = torch.eye(r).to(state["sigma"]).repeat(n, 1, 1)
+        if "gain" not in state and by_gain(self.group):  # nor that without a budget
+            state["gain"] = torch.zeros_like(state["sigma"])
         return state
 
     def constants(self) -> tuple[Tensor, Tensor]:

@@ -11,22 +11,31 @@ def phase_of(group: dict[str, Any]) -> str:
     """ "grow", "judge" or "hold": what the coming step does with the ranks of a bucket.
 
     Args:
-        group: its param group, of which `steps`, `settle_after`, `settled` and `prune_every` count.
+        group: its param group, of which `tail`, `steps`, `settle_after`, `settled` and `prune_every` count.
     """
     at, settle, every = group["steps"], group["settle_after"], group["prune_every"]
+    if group["tail"] is None:
+        return "hold"
     if (
         settle is not None and at >= settle
     ):  # stays due until it has happened: a step with lr = 0 does not judge
         return "hold" if group["settled"] else "judge"
-    if every is None:
+    if every is None:  # both are None in states of 0.1.0 that keep their ranks
         return "hold" if settle is None else "grow"
     at, growing = at % every, every // 6
     return "grow" if at < growing else "judge" if at == growing else "hold"
 
 
 def by_gain(settings: dict[str, Any]) -> bool:
-    """Whether the budget is shared out by what directions gain, and not by sigma."""
-    return settings["moments"] == "adaptive" and settings["budget"] is not None
+    """Whether anything is judged by what directions gain: the tail or, in states of 0.1.0, the budget alone."""
+    if settings["moments"] != "adaptive" or settings["tail"] is None:
+        return False
+    return tail_by_gain(settings) or settings["budget"] is not None
+
+
+def tail_by_gain(settings: dict[str, Any]) -> bool:
+    """Whether the tail is a share of the gain; of sigma it is in states of 0.1.0, and without adaptive moments."""
+    return settings.get("tail_of") == "gain"
 
 
 def new_probes(U: Tensor, V: Tensor, layers: list[str], step: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,348 @@
+"""`find_lr`: the longest step of W that is not too long for the loss at hand, nor for the layer.
+
+Two ratios bound a step, whatever optimizer makes it. Trust: (loss before - loss after) / <gradient, step>, on the
+batch whose gradient it is and with the same dropout, is 1 for a small step, and 0 where the curvature uses up
+all that the gradient promises. Length: ||W+ - W||_F of a layer in the unit in which `GeoLoRA` counts its own
+steps, root mean square over the layers. Curvature alone cannot see steps that forget what a model knows, where the
+loss has little to learn; length alone cannot see a loss that is steep. The search trains for a few steps,
+raises or lowers the step size after each until one of the bounds is met, and puts everything back.
+Constants: measured (docs/decisions.md).
+"""
+
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from geolora import processes
+from geolora.errors import DataError, SettingError
+from geolora.kernels.tangent import distance, predicted_decrease
+from geolora.methods import METHODS, resolve
+from geolora.methods.geolora import units
+from geolora.pairs.find import Pair, find_pairs
+from geolora.pairs.sharded import gathered, is_sharded
+from geolora.starts.gradient_pass import Loss, losses, refuse_useless
+
+PROBES = 16
+"""Steps of a search."""
+TRUST = 0.4
+"""Least share of the predicted decrease that should be there after a step."""
+LENGTH = 0.02
+"""The longest step, in the unit of a layer; an adaptive step of GeoLoRA's default is about as long."""
+MOST = 1.2
+"""The most that the logarithm of the step size changes after a probe."""
+
+
+class Probe(NamedTuple):
+    """A step of the search: its step size, the loss before it, how far the loss was to fall and fell, its length."""
+
+    lr: float
+    loss: float
+    predicted: float
+    actual: float
+    length: float
+
+    @property
+    def trust(self) -> float:
+        """Actual over predicted decrease; 0 where a momentum led uphill, -inf where the loss is not finite."""
+        if not math.isfinite(self.actual):
+            return -math.inf
+        return self.actual / self.predicted if self.predicted > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class FoundLr:
+    """What `find_lr` found.
+
+    Attributes:
+        lr: the step size to train with, at its largest where a schedule varies it.
+        curve: every probe, in order.
+    """
+
+    lr: float
+    curve: tuple[Probe, ...]
+
+    def plot(self, path: str | Path) -> Path:
+        """Draw step size, trust and length of every probe as a PNG; needs the `plots` extra."""
+        from geolora.report.figures import save, search_figure
+
+        save(search_figure(self.as_dict()), Path(path))
+        return Path(path)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: `lr`, and `curve` with the numbers of every probe, None where one is not finite."""
+        rows = [{**probe._asdict(), "trust": probe.trust} for probe in self.curve]
+        finite = [{k: v if math.isfinite(v) else None for k, v in row.items()} for row in rows]
+        return {"lr": self.lr, "curve": finite}
+
+
+def find_lr(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    optimizer: Callable[..., torch.optim.Optimizer] | None = None,
+    start: float | None = None,
+    loss_fn: Loss | None = None,
+    probes: int = PROBES,
+    accumulate: int = 1,
+) -> FoundLr:
+    """Find a step size for a model with LoRA layers, by a few steps of training that are undone.
+
+    Every probe costs about one and a third step. When it returns, also by an error or Ctrl-C, parameters, their
+    gradients, buffers and random states are what they were, bit for bit.
+
+    Args:
+        model: a PeftModel, or any module with LoRA layers, not wrapped for DDP; as it will be trained (mode,
+            checkpointing).
+        batches: training batches, mappings for model(**batch).loss, of the rows of a step. They are gone over again
+            where they are fewer than needed. In several processes every one gives its own.
+        optimizer: called as optimizer(model) or optimizer(model, lr=…); None is `GeoLoRA`. What is searched
+            is the lr of its param groups that hold pairs; others keep theirs. Ranks are not judged meanwhile.
+        start: the step size to begin with; None for the optimizer's default.
+        loss_fn: (model, batch) -> scalar loss, where it is not the model's own.
+        probes: how many steps are tried.
+        accumulate: batches that a step sees together.
+
+    Returns:
+        A `FoundLr`.
+
+    Raises:
+        SettingError: an argument out of its range. DataError: no batch, or one without a loss.
+        PairingError: no pair, or a layer that is none (DoRA, experts).
+        GradientError: a loss that is not finite, or does not depend on a LoRA layer.
+
+    Source: ratio and update of trust regions, Conn, Gould, Toint, "Trust-region methods", 2000, section 6.1.
+
+    Examples:
+        >>> lr = geolora.find_lr(model, loader).lr  # doctest: +SKIP
+        >>> optimizer = geolora.GeoLoRA(model, lr=lr)  # doctest: +SKIP
+    """
+    for name, number in (("probes", probes), ("accumulate", accumulate)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise SettingError(
+                f"find_lr: `{name}` must be a whole number from 1 on; got {number!r}."
+            )
+    if start is not None and not (start > 0 and math.isfinite(start)):
+        raise SettingError(f"find_lr: `start` must be None or a number > 0; got {start!r}.")
+    make = resolve(METHODS["geolora"].optimizer) if optimizer is None else optimizer
+    with _put_back(model):
+        search = _Search(model, make(model) if start is None else make(model, lr=start), loss_fn)
+        curve = tuple(_probes(search, _steps_of(batches, accumulate), probes))
+    return FoundLr(_settled(curve), curve)
+
+
+class _Search:
+    """A model and its optimizer in a search, and which of its parameters the step size moves."""
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, loss_fn: Loss | None
+    ) -> None:
+        self.model, self.optimizer, self.loss_fn = model, optimizer, loss_fn
+        self.pairs = find_pairs(model, with_sharded=True)
+        self.units = units([(pair.d_out, pair.d_in) for pair in self.pairs])
+        factors = {id(p) for pair in self.pairs for p in (pair.A, pair.B)}
+        searched = [g for g in optimizer.param_groups if any(id(p) in factors for p in g["params"])]
+        self.lr = max((float(group["lr"]) for group in searched), default=0.0)
+        if not self.lr > 0:
+            raise SettingError(
+                "find_lr: `optimizer` must have param groups that hold the pairs, with an lr above 0; got "
+                f"{self.lr}."
+            )
+        for group in searched:
+            if "tail" in group:
+                group["tail"] = None  # a step that judges ranks is longer by what it cuts
+        self.shares = [(group, group["lr"] / self.lr) for group in searched]
+        self.moved = [p for group in searched for p in group["params"]]
+        self.beside = [p for p in self.moved if id(p) not in factors]
+        moved = {id(p) for p in self.moved}
+        self.others = [p for p in model.parameters() if p.requires_grad and id(p) not in moved]
+        self.devices = _devices(model)
+
+    def probe(self, step: list[Any], lr: float) -> Probe:
+        """Take a step of this size on these batches, and undo it where the loss rises."""
+        self.optimizer.zero_grad()
+        seeds = _random_of_torch(self.devices)
+        loss = self._gradient(step)
+        before, held = _copies(self.moved), _copies(self.others)
+        grads = {id(p): p.grad for p in self.moved if p.grad is not None}
+        for group, share in self.shares:
+            group["lr"] = lr * share
+        try:
+            self.optimizer.step()
+        except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
+            return self._undo(Probe(lr, loss, 0.0, -math.inf, math.inf), before, held)
+        predicted, length = self._compared(before, grads)
+        ahead = _copies(self.others)
+        _write(self.others, held)  # what falls by their step is not ours
+        after = _random_of_torch(self.devices)
+        _set_random_of_torch(seeds, self.devices)
+        with torch.no_grad():
+            now = self._mean([float(one) for one in self._losses(step)])
+        _set_random_of_torch(after, self.devices)
+        probe = Probe(lr, loss, predicted, loss - now, length)
+        if not probe.actual >= 0:
+            return self._undo(probe, before, held)
+        _write(self.others, ahead)
+        return probe
+
+    def _undo(self, probe: Probe, before: list[Tensor], held: list[Tensor]) -> Probe:
+        _write(self.moved, before)
+        _write(self.others, held)
+        return probe
+
+    def _losses(self, step: list[Any]) -> Iterator[Tensor]:
+        return losses(self.model, step, self.loss_fn)
+
+    def _gradient(self, step: list[Any]) -> float:
+        """The mean loss of some batches, and its gradient, over all processes."""
+        seen = []
+        for loss in self._losses(step):
+            refuse_useless(loss)
+            (loss / len(step)).backward()
+            seen.append(float(loss.detach()))
+        if processes.grouped():
+            for p in (*self.moved, *self.others):
+                if p.grad is not None and not is_sharded(p):
+                    p.grad.copy_(
+                        processes.sum_over_group(p.grad) / torch.distributed.get_world_size()
+                    )
+        return self._mean(seen)
+
+    def _mean(self, values: list[float]) -> float:
+        """Over all processes, in float64."""
+        device = self.moved[0].device
+        total = torch.tensor([sum(values), len(values)], dtype=torch.float64, device=device)
+        total, count = processes.sum_over_group(total).tolist()
+        return total / count
+
+    @torch.no_grad()
+    def _compared(self, before: list[Tensor], grads: dict[int, Tensor]) -> tuple[float, float]:
+        """How far the loss falls by the step to first order, and how long the step is."""
+        was = {id(p): value for p, value in zip(self.moved, before, strict=True)}
+        falls, squares = [], []
+        for pair, unit in zip(self.pairs, self.units, strict=True):
+            there = pair.gathered()
+            here, slope = _matrices(pair, was), _matrices(pair, grads)
+            scale = torch.tensor(pair.scale, device=there[0].device)
+            falls.append(predicted_decrease(here, there, slope))
+            squares.append((distance(here, there, scale) / unit).square())
+        for p in self.beside:
+            if id(p) in grads:
+                change = gathered(was[id(p)]).double() - gathered(p).double()
+                falls.append((gathered(grads[id(p)]).double() * change).sum())
+        predicted, square = (math.fsum(map(float, values)) for values in (falls, squares))
+        return predicted, math.sqrt(square / len(self.pairs))
+
+
+def _matrices(pair: Pair, known: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
+    """What is known of A (r, d_in) and B (d_out, r) of a pair by their ids; zeros where nothing is."""
+    A, B = (gathered(known.get(id(p), torch.zeros_like(p))).flatten(1) for p in (pair.A, pair.B))
+    return A, B
+
+
+def _probes(search: _Search, steps: Iterable[list[Any]], count: int) -> Iterator[Probe]:
+    """Probe after probe; the step size of the next follows from the ratio of the last."""
+    from tqdm.auto import tqdm
+
+    silent = processes.grouped() and torch.distributed.get_rank() != 0
+    lr = search.lr
+    with tqdm(
+        desc="step size", total=count, unit="probe", delay=3, leave=False, disable=silent
+    ) as bar:
+        for step in islice(steps, count):
+            probe = search.probe(step, lr)
+            yield probe
+            bar.set_postfix(lr=f"{lr:.2g}", trust=f"{probe.trust:.2f}", refresh=False)
+            bar.update()
+            lr *= math.exp(_change(probe))
+
+
+def _change(probe: Probe) -> float:
+    """Of the logarithm of the step size: what the nearer of the two bounds says.
+
+    Where the loss is quadratic along the step, 1 - trust is proportional to its size: half of the way to where
+    that says trust is `TRUST`, since it differs from batch to batch.
+    """
+    doubt = max(1 - probe.trust, 1e-9)
+    change = math.log((1 - TRUST) / doubt) / 2 if math.isfinite(doubt) else -MOST
+    if 0 < probe.length < math.inf:
+        change = min(change, math.log(LENGTH / probe.length))
+    return max(-MOST, min(MOST, change))
+
+
+def _settled(curve: tuple[Probe, ...]) -> float:
+    """The step size of a search: the geometric mean over its last third, where it no longer depends on the start."""
+    last = curve[2 * len(curve) // 3 :]
+    return math.exp(sum(math.log(probe.lr) for probe in last) / len(last))
+
+
+def _steps_of(batches: Iterable[Any], accumulate: int) -> Iterator[list[Any]]:
+    """Lists of `accumulate` batches; the same ones again when all have been seen."""
+    seen = 0
+    while True:
+        source, before = iter(batches), seen
+        while len(step := list(islice(source, accumulate))) == accumulate:
+            yield step
+            seen += 1
+        if not seen:
+            raise DataError(f"find_lr: `batches` must hold {accumulate} or more; got {len(step)}.")
+        if seen == before:  # an iterator, at its end
+            return
+
+
+# ---- as it was -----------------------------------------------------------------------------------
+
+
+def _copies(tensors: list[Any]) -> list[Tensor]:
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+@torch.no_grad()
+def _write(tensors: list[Any], values: list[Tensor]) -> None:
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)
+
+
+def _devices(model: nn.Module) -> list[int]:
+    return sorted({p.device.index for p in model.parameters() if p.is_cuda})
+
+
+def _random_of_torch(devices: list[int]) -> list[Tensor]:
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
+
+
+def _set_random_of_torch(states: list[Tensor], devices: list[int]) -> None:
+    torch.set_rng_state(states[0])
+    for device, state in zip(devices, states[1:], strict=True):
+        torch.cuda.set_rng_state(state, device)
+
+
+@contextmanager
+def _put_back(model: nn.Module) -> Iterator[None]:
+    """Put back, whatever happens: trainable parameters, their gradients, buffers, random states of torch, Python, NumPy."""
+    import numpy as np
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    devices = _devices(model)
+    values, grads, buffers = _copies(trained), [p.grad for p in trained], list(model.buffers())
+    were = _copies(buffers)
+    states = _random_of_torch(devices), random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        for p in trained:
+            p.grad = None
+        yield
+    finally:
+        _write(trained, values)
+        _write(buffers, were)
+        for p, grad in zip(trained, grads, strict=True):
+            p.grad = grad
+        _set_random_of_torch(states[0], devices)
+        random.setstate(states[1])
+        np.random.set_state(states[2])  # noqa: NPY002
