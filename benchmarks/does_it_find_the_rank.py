@@ -75,7 +75,9 @@ def regression(n: int, start: int, lr: float, dtype: torch.dtype) -> dict:
     """One GeoLoRA run: errors and settled ranks along the way, and where it ended."""
     layer, wanted = Layer(n, R, dtype), target(n)
     goal = wanted.to(dtype)
-    optimizer = geolora.GeoLoRA(layer.model, lr=lr, moments="none", start_rank=start, tail=1e-3)
+    optimizer = geolora.GeoLoRA(
+        layer.model, lr=lr, moments="none", start_rank=start, tail=1e-3, prune_every=25
+    )
     errors, ranks = [], []
     for W in train(layer, optimizer, lambda W: 0.5 * (W - goal).square().sum()):
         errors.append(relative(W, wanted))
@@ -195,7 +197,9 @@ def gradient_path(n: int = 100, steps: int = 200, lr: float = 0.05) -> dict:
     result = {}
     for start in (1, 4, 10):
         layer = Layer(n, R)
-        optimizer = geolora.GeoLoRA(layer.model, lr=lr, moments="none", start_rank=start, tail=1e-6)
+        optimizer = geolora.GeoLoRA(
+            layer.model, lr=lr, moments="none", start_rank=start, tail=1e-6, prune_every=25
+        )
         result[f"geolora_start{start}"] = distances(layer, optimizer)
     for r in (10, R):
         grids = {}

@@ -155,12 +155,13 @@ class Plain:
         else:
             self.U = self.U[:, :0]
         self.W = U @ torch.diag(values) @ V.mT
-        self.steps += 1
-        if self.phase == "grow" and self.V.shape[1] < self.r:
-            self.V = torch.cat([self.V, self.probe(self.steps - 1)], dim=1)
-        self.M = projection(self.M, self.U, self.V)
         if phase == "judge" and self.moments == "adaptive" and alone:
             self.cut(*share_ranks([self]))
+        self.steps += 1
+        looks = self.phase == "grow" or (self.prune_every == 1 and self.phase == "judge")
+        if looks and self.V.shape[1] < self.r:
+            self.V = torch.cat([self.V, self.probe(self.steps - 1)], dim=1)
+        self.M = projection(self.M, self.U, self.V)
 
     def cut(self, rank: int) -> None:
         """What is left of the layer when it is judged to have this rank."""
@@ -168,7 +169,6 @@ class Plain:
         if self.U.shape[1]:
             self.U, values, self.V = truncated(self.W, rank)
             self.W = self.U @ torch.diag(values) @ self.V.mT
-        self.M = projection(self.M, self.U, self.V)
         self.gain.zero_()
 
     def probe(self, step: int) -> Tensor:
@@ -190,6 +190,7 @@ def step_all(layers: list[Plain], gradients: list[Tensor]) -> None:
     if judged:
         for layer, rank in zip(layers, share_ranks(layers), strict=True):
             layer.cut(rank)
+            layer.M = projection(layer.M, layer.U, layer.V)
 
 
 def trajectory(plain: Plain, gradient: Callable[[Tensor], Tensor], steps: int) -> Iterator[Plain]:

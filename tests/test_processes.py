@@ -17,7 +17,7 @@ import geolora
 from geolora.errors import SettingError
 from geolora.settings.train_config import TrainConfig
 from geolora.training.check import check
-from models import Net, backward, lora_net, products, tiny_bert
+from models import Net, backward, batch, lora_net, products, tiny_bert
 from optimizers import CASES, OURS, made
 from rows import reviews
 
@@ -199,6 +199,31 @@ distributed.destroy_process_group()
 """
 
 
+SEARCH = """
+import sys
+sys.path[:0] = {path!r}
+import torch
+from torch import distributed, nn
+import geolora
+from models import batch, lora_net
+rank, how = int(sys.argv[1]), sys.argv[2]
+distributed.init_process_group("gloo", init_method="file://{file}", rank=rank, world_size=2)
+torch.manual_seed(0)
+model = lora_net()
+if how == "fsdp2":
+    from torch.distributed.fsdp import fully_shard
+    for layer in ("first", "second", "down", "head"):
+        fully_shard(model.base_model.model.get_submodule(layer))
+    fully_shard(model)
+x, labels = batch()
+mine = slice(0, 12) if rank == 0 else slice(12, 24)
+loss_fn = lambda model, rows: nn.functional.cross_entropy(model(rows[0]), rows[1])
+found = geolora.find_lr(model, [(x[mine], labels[mine])], loss_fn=loss_fn, probes=6)
+torch.save([tuple(probe) for probe in found.curve], sys.argv[3])
+distributed.destroy_process_group()
+"""
+
+
 def in_two(code: str, how: str, folder: Path) -> list[Any]:
     """What two processes that run the code save."""
     files = [folder / f"{rank}.pt" for rank in range(2)]
@@ -265,6 +290,22 @@ def test_two_processes_train_what_one_trains_on_all_rows(
 
     assert untouched, "a step with what is no number in one process moves nothing in any"
     assert len([line for line in said if "skipped, gradients not finite" in line]) == 1
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+def test_two_processes_find_the_step_size_of_one_on_all_rows(how: str, tmp_path: Path) -> None:
+    code = SEARCH.format(path=[str(Path(__file__).parent)], file=tmp_path / "meet")
+    left, right = in_two(code, how, tmp_path)
+    assert left == right, "the same in both, bit for bit"
+    torch.manual_seed(0)
+    model = lora_net()
+
+    def loss_fn(model: Any, rows: Any) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(model(rows[0]), rows[1])
+
+    found = geolora.find_lr(model, [batch()], loss_fn=loss_fn, probes=6)
+    for theirs, ours in zip(left, found.curve, strict=True):
+        assert theirs == pytest.approx(tuple(ours), rel=1e-5)
 
 
 def test_every_optimizer_over_sharded_factors_is_that_of_one_process(tmp_path: Path) -> None:

@@ -128,6 +128,37 @@ def test_train_lora_on_pairs_of_other_formats(
     assert report["adapter_parameters"] == report["exported_parameters"]
 
 
+def test_train_finds_its_step_size_and_says_it(
+    geolora: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The word auto and no word are the same; a search that is interrupted leaves a run that can be started again."""
+    import geolora.training.step_size as step_size
+
+    def stops(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(step_size, "find_lr", stops)
+        assert geolora("train")[0] == 130
+    assert not (tmp_path / "out" / "step_size.json").exists()
+    code, out, err = geolora("train")
+    assert code == 0, err
+    search, report = (
+        json.loads((tmp_path / "out" / name).read_text())
+        for name in ("step_size.json", "report.json")
+    )
+    assert len(search["curve"]) == 5, "a quarter of the steps"
+    assert report["lr"] == search["lr"]
+    assert f"of size {search['lr']:.2g}" in out
+    assert "Step size" in (tmp_path / "out" / "report.html").read_text()
+    assert geolora("train", "--lr", "auto", "--output", tmp_path / "auto")[0] == 0
+    assert json.loads((tmp_path / "auto" / "step_size.json").read_text()) == search
+    assert geolora("train", "--lr", "0.01", "--output", tmp_path / "given")[0] == 0
+    assert not (tmp_path / "given" / "step_size.json").exists()
+    assert geolora("train", "--max-steps", 4, "--output", tmp_path / "short")[0] == 0
+    assert json.loads((tmp_path / "short" / "report.json").read_text())["lr"] == 7e-3
+
+
 def test_train_regression(geolora: Callable, tmp_path: Path) -> None:
     code, _, err = geolora(
         "train", "--task", "text-regression", "--label", "score",

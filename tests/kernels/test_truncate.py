@@ -9,6 +9,7 @@ from geolora.kernels.truncate import (
     leading,
     numerical_rank,
     rank_by_tail,
+    ranks_by_share,
     ranks_in_budget,
     settled_ranks,
 )
@@ -115,3 +116,37 @@ def test_settled_ranks_cut_by_tail_then_budget() -> None:
     kept = settled_ranks(sigmas, [10, 10, 10], 0.0, 50)
     assert sum(kept) * 10 <= 50, "an empty layer's slot is paid for"
     assert kept == [2, 2, 1]
+
+
+@pytest.mark.parametrize("tail", [0.0, 0.1, 0.3, 0.9])
+def test_ranks_by_share_give_up_the_least_per_parameter_and_no_more_than_the_share(
+    tail: float,
+) -> None:
+    """Against all choices of ranks: of those that give up no more, as many parameters go as the greedy order says."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        worth = [
+            torch.rand(3, generator=generator).double().sort(descending=True)[0] for _ in "abc"
+        ]
+        costs, counts = [5, 8, 20], [3, 2, 3]
+        ranks = ranks_by_share(worth, costs, counts, tail)
+        assert all(1 <= rank <= count for rank, count in zip(ranks, counts, strict=True))
+        total = sum(float(row[:count].sum()) for row, count in zip(worth, counts, strict=True))
+        lost = [row[rank:count] for row, rank, count in zip(worth, ranks, counts, strict=True)]
+        assert sum(float(row.sum()) for row in lost) <= tail * total + 1e-12
+        gone = [float(v) / c for row, c in zip(lost, costs, strict=True) for v in row]
+        kept = [
+            (float(row[i]) / cost, float(row[i]))
+            for row, rank, cost in zip(worth, ranks, costs, strict=True)
+            for i in range(1, rank)
+        ]
+        assert not gone or not kept or max(gone) <= min(kept)[0]
+        if kept:  # the next to go would be too much
+            assert sum(float(row.sum()) for row in lost) + min(kept)[1] > tail * total
+        if tail == 0:
+            assert ranks == counts
+
+
+def test_a_share_of_nothing_keeps_one_direction() -> None:
+    assert ranks_by_share([torch.zeros(3), torch.ones(2)], [1, 1], [3, 2], 0.2) == [1, 2]
+    assert ranks_by_share([torch.zeros(3)], [1], [0], 0.2) == [0]

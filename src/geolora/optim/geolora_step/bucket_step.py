@@ -16,7 +16,12 @@ from geolora.kernels.tangent import norm, transport
 from geolora.methods import geolora as method
 from geolora.optim.buckets import pairs_of, stacked_gradients
 from geolora.optim.geolora_step.masters import Masters
-from geolora.optim.geolora_step.rank_cycle import by_gain, new_probes, phase_of
+from geolora.optim.geolora_step.rank_cycle import (
+    by_gain,
+    looks_along_probes,
+    new_probes,
+    phase_of,
+)
 from geolora.pairs.point import Gauge
 from geolora.pairs.sharded import is_sharded, write_factors
 
@@ -233,7 +238,7 @@ class BucketStep:
         Args:
             gauge: of the new pairs of all layers, (n, r, r) each.
         """
-        grows = phase_of({**self.group, "steps": self.group["steps"] + 1}) == "grow"
+        grows = looks_along_probes({**self.group, "steps": self.group["steps"] + 1})
         for chunk in self.chunks:
             self._write(chunk, gauge, grows)
         if all(self.live) or self.keep is not None:

@@ -26,6 +26,12 @@ def phase_of(group: dict[str, Any]) -> str:
     return "grow" if at < growing else "judge" if at == growing else "hold"
 
 
+def looks_along_probes(group: dict[str, Any]) -> bool:
+    """Whether the coming step looks along a random direction too: where ranks grow, or are judged at every step."""
+    phase = phase_of(group)
+    return phase == "grow" or (phase == "judge" and group["prune_every"] == 1)
+
+
 def by_gain(settings: dict[str, Any]) -> bool:
     """Whether anything is judged by what directions gain: the tail or, in states of 0.1.0, the budget alone."""
     if settings["moments"] != "adaptive" or settings["tail"] is None:
