@@ -2,8 +2,8 @@
 
     python benchmarks/is_the_demo_luck.py
 
-The demo's task, model, steps and batch: LoRA (rank 8, AdamW) at four step sizes, GeoLoRA with its
-defaults and LoRA's number of parameters as its budget, three seeds each (head, adapter, order and
+The demo's task, model, steps and batch: LoRA (rank 8, AdamW) at four step sizes, GeoLoRA with
+nothing given, three seeds each (head, adapter, order and
 split of the data). LoRA's step size is the one with the best mean, chosen on the very rows that are
 reported, which favours LoRA. GeoLoRA's default was chosen before from few values by seed 0 of this
 task, SST-2 and a small Llama (docs/decisions.md).
