@@ -219,7 +219,19 @@ x, labels = batch()
 mine = slice(0, 12) if rank == 0 else slice(12, 24)
 loss_fn = lambda model, rows: nn.functional.cross_entropy(model(rows[0]), rows[1])
 found = geolora.find_lr(model, [(x[mine], labels[mine])], loss_fn=loss_fn, probes=6)
-torch.save([tuple(probe) for probe in found.curve], sys.argv[3])
+ours = [(x[mine], labels[mine])] * (4 if rank else 6)
+fewer = geolora.find_lr(model, iter(ours), loss_fn=loss_fn, probes=6)
+def fails(model, rows):
+    if rank:
+        raise ValueError("only here")
+    return loss_fn(model, rows)
+said = ""
+try:
+    if how == "ddp":  # what FSDP2's own forward pass waits for, nobody can help
+        geolora.find_lr(model, ours, loss_fn=fails)
+except Exception as error:
+    said = type(error).__name__ + ": " + str(error)
+torch.save(([tuple(probe) for probe in found.curve], len(fewer.curve), said), sys.argv[3])
 distributed.destroy_process_group()
 """
 
@@ -295,8 +307,12 @@ def test_two_processes_train_what_one_trains_on_all_rows(
 @pytest.mark.parametrize("how", ["ddp", "fsdp2"])
 def test_two_processes_find_the_step_size_of_one_on_all_rows(how: str, tmp_path: Path) -> None:
     code = SEARCH.format(path=[str(Path(__file__).parent)], file=tmp_path / "meet")
-    left, right = in_two(code, how, tmp_path)
+    (left, few, there), (right, fewer, here) = in_two(code, how, tmp_path)
     assert left == right, "the same in both, bit for bit"
+    assert few == fewer == 4, "no process waits for another that has no more batches"
+    if how == "ddp":
+        assert here == "ValueError: only here"
+        assert there.startswith("GradientError: find_lr: another process failed")
     torch.manual_seed(0)
     model = lora_net()
 

@@ -41,8 +41,8 @@ def wait_for_all() -> None:
 
 
 def true_on_any(flag: bool) -> bool:
-    """Whether the flag is True on any process; all must call."""
-    if count() == 1:
+    """Whether the flag is True on any process of the group; all must call."""
+    if not grouped():
         return flag
     from accelerate import PartialState
 

@@ -154,6 +154,33 @@ def test_steps_far_too_long_are_undone_and_the_search_goes_on() -> None:
     assert found.lr < 1.0
 
 
+@pytest.mark.parametrize("name", ["geolora", "lora"])
+def test_a_gradient_that_is_not_finite_moves_nothing_and_does_no_harm(name: str) -> None:
+    """One probe whose loss is finite and whose gradient is not; then all of them."""
+    seen: list[int] = []
+
+    def sometimes(model: nn.Module, batch: Any) -> Tensor:
+        seen.append(1)
+        loss = loss_of(model, batch)
+        if len(seen) == 3:
+            loss = (
+                loss + 0 * (loss - loss.detach()).clamp(min=0).sqrt()
+            )  # its slope at 0 is infinite
+        return loss
+
+    found = geolora.find_lr(net(), batches(), optimizer=MAKERS[name], loss_fn=sometimes)
+    usual = geolora.find_lr(net(), batches(), optimizer=MAKERS[name], loss_fn=loss_of)
+    assert found.curve[1].trust == -math.inf
+    assert usual.lr / 2 < found.lr < 2 * usual.lr
+
+    def always(model: nn.Module, batch: Any) -> Tensor:
+        loss = loss_of(model, batch)
+        return loss + 0 * (loss - loss.detach()).clamp(min=0).sqrt()
+
+    with pytest.raises(GradientError, match="the loss must fall by some step; it did by none"):
+        geolora.find_lr(net(), batches(), optimizer=MAKERS[name], loss_fn=always)
+
+
 def test_two_halves_of_a_batch_are_the_batch() -> None:
     whole = geolora.find_lr(net(), batches(6, 24), loss_fn=loss_of, probes=6)
     halves = geolora.find_lr(net(), batches(12, 12), loss_fn=loss_of, probes=6, accumulate=2)

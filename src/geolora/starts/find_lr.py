@@ -14,7 +14,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from geolora import processes
-from geolora.errors import DataError, SettingError
+from geolora.errors import DataError, GradientError, SettingError
 from geolora.kernels.tangent import distance, predicted_decrease
 from geolora.methods import METHODS, resolve
 from geolora.methods.geolora import units
@@ -116,7 +116,7 @@ def find_lr(
     Raises:
         SettingError: an argument out of its range. DataError: no batch, or one without a loss.
         PairingError: no pair, or a layer that is none (DoRA, experts).
-        GradientError: a loss that is not finite, or does not depend on a LoRA layer.
+        GradientError: a loss that is not finite, does not depend on a LoRA layer, or is lowered by no step.
 
     Source: ratio and update of trust regions, Conn, Gould, Toint, "Trust-region methods", 2000, section 6.1.
 
@@ -170,6 +170,8 @@ class _Search:
         self.optimizer.zero_grad()
         seeds = _random_of_torch(self.devices)
         loss = self._gradient(step)
+        if not self._is_finite():
+            return Probe(lr, loss, 0.0, -math.inf, math.inf)
         before, held = _copies(self.moved), _copies(self.others)
         grads = {id(p): p.grad for p in self.moved if p.grad is not None}
         for group, share in self.shares:
@@ -184,7 +186,7 @@ class _Search:
         after = _random_of_torch(self.devices)
         _set_random_of_torch(seeds, self.devices)
         with torch.no_grad():
-            now = self._mean([float(one) for one in self._losses(step)])
+            now = self._mean(float(one) for one in self._losses(step))
         _set_random_of_torch(after, self.devices)
         probe = Probe(lr, loss, predicted, loss - now, length)
         if not probe.actual >= 0:
@@ -202,24 +204,42 @@ class _Search:
 
     def _gradient(self, step: list[Any]) -> float:
         """The mean loss of some batches, and its gradient, over all processes."""
-        seen = []
-        for loss in self._losses(step):
-            refuse_useless(loss)
-            (loss / len(step)).backward()
-            seen.append(float(loss.detach()))
+
+        def descend() -> Iterator[float]:
+            for loss in self._losses(step):
+                refuse_useless(loss)
+                (loss / len(step)).backward()
+                yield float(loss.detach())
+
+        mean = self._mean(descend())
         if processes.grouped():
+            world = torch.distributed.get_world_size()
             for p in (*self.moved, *self.others):
                 if p.grad is not None and not is_sharded(p):
-                    p.grad.copy_(
-                        processes.sum_over_group(p.grad) / torch.distributed.get_world_size()
-                    )
-        return self._mean(seen)
+                    p.grad.copy_(processes.sum_over_group(p.grad) / world)
+        return mean
 
-    def _mean(self, values: list[float]) -> float:
-        """Over all processes, in float64."""
-        device = self.moved[0].device
-        total = torch.tensor([sum(values), len(values)], dtype=torch.float64, device=device)
-        total, count = processes.sum_over_group(total).tolist()
+    def _is_finite(self) -> bool:
+        """Whether all gradients are, on all processes."""
+        grads = [p.grad for p in (*self.moved, *self.others) if p.grad is not None]
+        wrong = sum(not bool(gathered(grad).isfinite().all()) for grad in grads)
+        flag = torch.tensor(float(wrong), device=self.moved[0].device)
+        return not float(processes.sum_over_group(flag))
+
+    def _mean(self, values: Iterable[float]) -> float:
+        """Over all processes, in float64; raises on all of them where one fails."""
+        failure, seen = None, []
+        try:
+            seen = list(values)
+        except Exception as error:  # noqa: BLE001 (raised again, on all processes)
+            failure = error
+        told = [sum(seen), len(seen), failure is not None]
+        total = torch.tensor(told, dtype=torch.float64, device=self.moved[0].device)
+        total, count, failures = processes.sum_over_group(total).tolist()
+        if failure is not None:
+            raise failure
+        if failures:
+            raise GradientError("find_lr: another process failed on its batches: see there.")
         return total / count
 
     @torch.no_grad()
@@ -241,13 +261,21 @@ class _Search:
         return predicted, math.sqrt(square / len(self.pairs))
 
 
+def _alike(steps: Iterator[list[Any]]) -> Iterator[list[Any]]:
+    """As many as every process has."""
+    for step in chain(steps, repeat(None)):
+        if processes.true_on_any(step is None) or step is None:
+            return
+        yield step
+
+
 def _matrices(pair: Pair, known: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
     """What is known of A (r, d_in) and B (d_out, r) of a pair by their ids; zeros where nothing is."""
     A, B = (gathered(known.get(id(p), torch.zeros_like(p))).flatten(1) for p in (pair.A, pair.B))
     return A, B
 
 
-def _probes(search: _Search, steps: Iterable[list[Any]], count: int) -> Iterator[Probe]:
+def _probes(search: _Search, steps: Iterator[list[Any]], count: int) -> Iterator[Probe]:
     """Probe after probe; the step size of the next follows from the ratio of the last."""
     from tqdm.auto import tqdm
 
@@ -256,7 +284,7 @@ def _probes(search: _Search, steps: Iterable[list[Any]], count: int) -> Iterator
     with tqdm(
         desc="step size", total=count, unit="probe", delay=3, leave=False, disable=silent
     ) as bar:
-        for step in islice(steps, count):
+        for step in islice(_alike(steps), count):
             probe = search.probe(step, lr)
             yield probe
             bar.set_postfix(lr=f"{lr:.2g}", trust=f"{probe.trust:.2f}", refresh=False)
@@ -279,6 +307,11 @@ def _change(probe: Probe) -> float:
 
 def _settled(curve: tuple[Probe, ...]) -> float:
     """The step size of a search: the geometric mean over its last third, where it no longer depends on the start."""
+    if not any(probe.actual > 0 for probe in curve):
+        raise GradientError(
+            "find_lr: the loss must fall by some step; it did by none, or gradients were not finite. Look at the loss: "
+            "it must be the same for the same batch and the same random numbers of torch."
+        )
     last = curve[2 * len(curve) // 3 :]
     return math.exp(sum(math.log(probe.lr) for probe in last) / len(last))
 
