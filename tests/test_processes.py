@@ -304,7 +304,7 @@ def test_two_processes_train_what_one_trains_on_all_rows(
     assert len([line for line in said if "skipped, gradients not finite" in line]) == 1
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("how", ["ddp", pytest.param("fsdp2", marks=pytest.mark.guard)])
 def test_two_processes_find_the_step_size_of_one_on_all_rows(how: str, tmp_path: Path) -> None:
     code = SEARCH.format(path=[str(Path(__file__).parent)], file=tmp_path / "meet")
     (left, few, there), (right, fewer, here) = in_two(code, how, tmp_path)

@@ -72,14 +72,13 @@ def adapter_figures(rows: list[dict[str, Any]], folder: Path, judged: str) -> li
     return paths
 
 
-def search_figure(search: dict[str, Any]) -> Any:
-    """A figure of a search for a step size: step sizes, and how far their steps could be trusted."""
+def search_figure(found: dict[str, Any]) -> Any:
+    """A figure of a search for a step size: the step sizes, and the two numbers that bound them."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9.0, 3.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    panels.step_sizes(left, search)
-    panels.trust(right, search)
+    figure = Figure(figsize=(11.0, 3.2), layout="constrained")
+    for axes, key in zip(figure.subplots(1, 3), ("lr", "trust", "length"), strict=True):
+        panels.search(axes, found, key)
     return figure
 
 

@@ -148,25 +148,30 @@ def run_loss(axes: Any, history: list[dict[str, Any]]) -> None:
     axes.set_ylabel("training loss")
 
 
-def step_sizes(axes: Any, search: dict[str, Any]) -> None:
-    """The step size of every probe of a search, and the one that was found."""
-    numbers = range(1, len(search["curve"]) + 1)
+def search(axes: Any, found: dict[str, Any], key: str) -> None:
+    """A number of every probe of a search for a step size, and what it is held to.
+
+    Args:
+        found: a step_size.json. key: "lr", "trust" or "length" of its probes; values that are none are left out.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    label, bound, bound_label = {
+        "lr": ("step size", found["lr"], "found"),
+        "trust": ("actual / predicted fall of the loss", found["bounds"]["trust"], "at least"),
+        "length": ("length of the step", found["bounds"]["length"], "at most"),
+    }[key]
+    known = [(i, p[key]) for i, p in enumerate(found["curve"], 1) if p[key] is not None]
+    least = -1.0 if key == "trust" else 0.0  # of a step that was far too long any number may come
     axes.grid(alpha=0.25)
-    axes.plot(numbers, [probe["lr"] for probe in search["curve"]], marker=".")
-    axes.axhline(search["lr"], linestyle="--", color="k", label=f"found: {search['lr']:.2g}")
-    axes.set_yscale("log")
+    axes.plot([i for i, _ in known], [max(least, value) for _, value in known], marker=".")
+    axes.axhline(bound, linestyle="--", color="k", label=f"{bound_label} {bound:.2g}")
+    if key == "lr":
+        axes.set_yscale("log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("probe")
-    axes.set_ylabel("step size")
+    axes.set_ylabel(label)
     axes.legend(frameon=False)
-
-
-def trust(axes: Any, search: dict[str, Any]) -> None:
-    """Actual over predicted decrease of the loss in every probe; values that are none are left out."""
-    known = [(i, p["trust"]) for i, p in enumerate(search["curve"], 1) if p["trust"] is not None]
-    axes.grid(alpha=0.25)
-    axes.plot([i for i, _ in known], [max(-1.0, value) for _, value in known], marker=".")
-    axes.set_xlabel("probe")
-    axes.set_ylabel("actual / predicted decrease")
 
 
 # ---- coloured maps ------------------------------------------------------------------------------

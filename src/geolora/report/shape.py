@@ -17,7 +17,11 @@ RUN = {
     "adapter_parameters": int, "exported_parameters": int, "ranks": {EACH: int},
     "peak_memory_bytes": NUMBER, "seed": int, "versions": {EACH: str}, "command": str,
 }  # fmt: skip
-SEARCH = {"lr": NUMBER, "curve": [{"lr": NUMBER, "loss": NUMBER, "trust": SOME}]}
+SEARCH = {
+    "lr": NUMBER,
+    "bounds": {"trust": NUMBER, "length": NUMBER},
+    "curve": [{"lr": NUMBER, "trust": SOME, "length": SOME}],
+}
 HISTORY = [{"step": int, "loss": NUMBER}]
 
 SCORE = {

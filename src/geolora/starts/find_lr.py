@@ -77,10 +77,10 @@ class FoundLr:
         return Path(path)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: `lr`, and `curve` with the numbers of every probe, None where one is not finite."""
+        """For JSON: `lr`, its `bounds`, and `curve` with the numbers of every probe, None where one is not finite."""
         rows = [{**probe._asdict(), "trust": probe.trust} for probe in self.curve]
         finite = [{k: v if math.isfinite(v) else None for k, v in row.items()} for row in rows]
-        return {"lr": self.lr, "curve": finite}
+        return {"lr": self.lr, "bounds": {"trust": TRUST, "length": LENGTH}, "curve": finite}
 
 
 def find_lr(
