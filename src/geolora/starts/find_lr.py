@@ -1,6 +1,6 @@
 """`find_lr`: the longest step of W that is not too long for the loss at hand, nor for the layer.
 
-Two ratios bound a step, whatever optimizer makes it. Trust: (loss before - loss after) / <gradient, step>, on the
+Two numbers bound a step, whatever optimizer makes it. Trust: (loss before - loss after) / <gradient, step>, on the
 batch whose gradient it is and with the same dropout, is 1 for a small step, and 0 where the curvature uses up
 all that the gradient promises. Length: ||W+ - W||_F of a layer in the unit in which `GeoLoRA` counts its own
 steps, root mean square over the layers. Curvature alone cannot see steps that forget what a model knows, where the
@@ -9,6 +9,7 @@ raises or lowers the step size after each until one of the bounds is met, and pu
 Constants: measured (docs/decisions.md).
 """
 
+import copy
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator
@@ -36,25 +37,27 @@ TRUST = 0.4
 """Least share of the predicted decrease that should be there after a step."""
 LENGTH = 0.02
 """The longest step, in the unit of a layer; an adaptive step of GeoLoRA's default is about as long."""
+FAR = 3.0
+"""A step that is so many times too long is undone, whatever the loss says of it."""
 MOST = 1.2
 """The most that the logarithm of the step size changes after a probe."""
 
 
 class Probe(NamedTuple):
-    """A step of the search: its step size, the loss before it, how far the loss was to fall and fell, its length."""
+    """A step of the search.
+
+    Attributes:
+        lr: its step size. loss: before it. length: of the step, in units of the layers.
+        predicted: how far the loss was to fall, to first order; below 0 where a momentum led uphill.
+        actual: how far it fell. trust: 1 less the share of the prediction that was not there.
+    """
 
     lr: float
     loss: float
     predicted: float
     actual: float
     length: float
-
-    @property
-    def trust(self) -> float:
-        """Actual over predicted decrease; 0 where a momentum led uphill, -inf where the loss is not finite."""
-        if not math.isfinite(self.actual):
-            return -math.inf
-        return self.actual / self.predicted if self.predicted > 0 else 0.0
+    trust: float
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class FoundLr:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: `lr`, its `bounds`, and `curve` with the numbers of every probe, None where one is not finite."""
-        rows = [{**probe._asdict(), "trust": probe.trust} for probe in self.curve]
+        rows = [probe._asdict() for probe in self.curve]
         finite = [{k: v if math.isfinite(v) else None for k, v in row.items()} for row in rows]
         return {"lr": self.lr, "bounds": {"trust": TRUST, "length": LENGTH}, "curve": finite}
 
@@ -158,28 +161,42 @@ class _Search:
         for group in searched:
             if "tail" in group:
                 group["tail"] = None  # a step that judges ranks is longer by what it cuts
-        self.shares = [(group, group["lr"] / self.lr) for group in searched]
+        self.shares = {  # by place: a state that is loaded makes the groups anew
+            place: group["lr"] / self.lr
+            for place, group in enumerate(optimizer.param_groups)
+            if any(group is one for one in searched)
+        }
         self.moved = [p for group in searched for p in group["params"]]
         self.beside = [p for p in self.moved if id(p) not in factors]
         moved = {id(p) for p in self.moved}
         self.others = [p for p in model.parameters() if p.requires_grad and id(p) not in moved]
         self.devices = _devices(model)
+        self.slopes: list[float] = []
+        """|predicted| / lr of every probe so far."""
 
     def probe(self, step: list[Any], lr: float) -> Probe:
-        """Take a step of this size on these batches, and undo it where the loss rises."""
+        """Take a step of this size on these batches, and undo it where the loss rises or it was far too long."""
         self.optimizer.zero_grad()
         seeds = _random_of_torch(self.devices)
         loss = self._gradient(step)
         if not self._is_finite():
-            return Probe(lr, loss, 0.0, -math.inf, math.inf)
+            return _failed(lr, loss)
         before, held = _copies(self.moved), _copies(self.others)
+        state = copy.deepcopy(self.optimizer.state_dict())
         grads = {id(p): p.grad for p in self.moved if p.grad is not None}
-        for group, share in self.shares:
-            group["lr"] = lr * share
+
+        def undone(probe: Probe) -> Probe:
+            _write(self.moved, before)
+            _write(self.others, held)
+            self.optimizer.load_state_dict(state)
+            return probe
+
+        for place, share in self.shares.items():
+            self.optimizer.param_groups[place]["lr"] = lr * share
         try:
             self.optimizer.step()
         except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
-            return self._undo(Probe(lr, loss, 0.0, -math.inf, math.inf), before, held)
+            return undone(_failed(lr, loss))
         predicted, length = self._compared(before, grads)
         ahead = _copies(self.others)
         _write(self.others, held)  # what falls by their step is not ours
@@ -188,16 +205,21 @@ class _Search:
         with torch.no_grad():
             now = self._mean(float(one) for one in self._losses(step))
         _set_random_of_torch(after, self.devices)
-        probe = Probe(lr, loss, predicted, loss - now, length)
-        if not probe.actual >= 0:
-            return self._undo(probe, before, held)
+        probe = Probe(
+            lr, loss, predicted, loss - now, length, self._trust(lr, predicted, loss - now)
+        )
+        if not (probe.trust >= 0 and probe.length <= FAR * LENGTH):
+            return undone(probe)
         _write(self.others, ahead)
         return probe
 
-    def _undo(self, probe: Probe, before: list[Tensor], held: list[Tensor]) -> Probe:
-        _write(self.moved, before)
-        _write(self.others, held)
-        return probe
+    def _trust(self, lr: float, predicted: float, actual: float) -> float:
+        """1 - (predicted - actual) / |predicted|, against the usual slope where this batch has less of one."""
+        if not (math.isfinite(predicted) and math.isfinite(actual)):
+            return -math.inf
+        self.slopes.append(abs(predicted) / lr)
+        usual = lr * max(self.slopes[-1], sum(self.slopes) / len(self.slopes))
+        return 1 - (predicted - actual) / usual if usual else 1.0
 
     def _losses(self, step: list[Any]) -> Iterator[Tensor]:
         return losses(self.model, step, self.loss_fn)
@@ -259,6 +281,11 @@ class _Search:
                 falls.append((gathered(grads[id(p)]).double() * change).sum())
         predicted, square = (math.fsum(map(float, values)) for values in (falls, squares))
         return predicted, math.sqrt(square / len(self.pairs))
+
+
+def _failed(lr: float, loss: float) -> Probe:
+    """A probe without a step, or with one that gave no number."""
+    return Probe(lr, loss, 0.0, -math.inf, math.inf, -math.inf)
 
 
 def _alike(steps: Iterator[list[Any]]) -> Iterator[list[Any]]:
