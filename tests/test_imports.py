@@ -87,12 +87,13 @@ TABLE = """
     settings.other_tools             : errors
     settings.strict_yaml             : errors settings.other_tools
     settings.train_config            : methods
-    starts.find_lr                   : errors kernels methods pairs processes report starts.gradient_pass
+    starts.find_lr                   : errors kernels methods pairs processes report starts.gradient_pass starts.put_back
     starts.gradient_pass             : errors kernels pairs processes
     starts.gradient_state            : adapters errors kernels pairs starts.gradient_pass
     starts.lora_ga                   : errors methods pairs starts.gradient_pass starts.gradient_state
     starts.lora_one                  : kernels methods pairs starts.gradient_pass starts.gradient_state starts.step_length
     starts.lora_sb                   : methods starts.gradient_pass starts.gradient_state starts.step_length
+    starts.put_back                  :
     starts.step_length               : errors pairs starts.gradient_pass
     tasks.answers                    : errors tasks.chat_tokens tasks.task
     tasks.causal_lm                  : errors processes settings tasks.answers tasks.chat_tokens tasks.rows tasks.task tasks.tokenizers

@@ -11,9 +11,7 @@ Constants: measured (docs/decisions.md).
 
 import copy
 import math
-import random
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice, repeat
 from pathlib import Path
@@ -30,6 +28,14 @@ from geolora.methods.geolora import units
 from geolora.pairs.find import Pair, find_pairs
 from geolora.pairs.sharded import gathered, is_sharded
 from geolora.starts.gradient_pass import Loss, losses, refuse_useless
+from geolora.starts.put_back import (
+    copies,
+    devices_of,
+    put_back,
+    random_of_torch,
+    set_random_of_torch,
+    write_values,
+)
 
 PROBES = 16
 """Steps of a search."""
@@ -135,7 +141,7 @@ def find_lr(
     if start is not None and not (start > 0 and math.isfinite(start)):
         raise SettingError(f"find_lr: `start` must be None or a number > 0; got {start!r}.")
     make = resolve(METHODS["geolora"].optimizer) if optimizer is None else optimizer
-    with _put_back(model):
+    with put_back(model):
         search = _Search(model, make(model) if start is None else make(model, lr=start), loss_fn)
         curve = tuple(_probes(search, _steps_of(batches, accumulate), probes))
     return FoundLr(_settled(curve), curve)
@@ -170,24 +176,24 @@ class _Search:
         self.beside = [p for p in self.moved if id(p) not in factors]
         moved = {id(p) for p in self.moved}
         self.others = [p for p in model.parameters() if p.requires_grad and id(p) not in moved]
-        self.devices = _devices(model)
+        self.devices = devices_of(model)
         self.slopes: list[float] = []
         """|predicted| / lr of every probe so far."""
 
     def probe(self, step: list[Any], lr: float) -> Probe:
         """Take a step of this size on these batches, and undo it where the loss rises or it was far too long."""
         self.optimizer.zero_grad()
-        seeds = _random_of_torch(self.devices)
+        seeds = random_of_torch(self.devices)
         loss = self._gradient(step)
         if not self._is_finite():
             return _failed(lr, loss)
-        before, held = _copies(self.moved), _copies(self.others)
+        before, held = copies(self.moved), copies(self.others)
         state = copy.deepcopy(self.optimizer.state_dict())
         grads = {id(p): p.grad for p in self.moved if p.grad is not None}
 
         def undone(probe: Probe) -> Probe:
-            _write(self.moved, before)
-            _write(self.others, held)
+            write_values(self.moved, before)
+            write_values(self.others, held)
             self.optimizer.load_state_dict(state)
             return probe
 
@@ -198,19 +204,19 @@ class _Search:
         except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
             return undone(_failed(lr, loss))
         predicted, length = self._compared(before, grads)
-        ahead = _copies(self.others)
-        _write(self.others, held)  # what falls by their step is not ours
-        after = _random_of_torch(self.devices)
-        _set_random_of_torch(seeds, self.devices)
+        ahead = copies(self.others)
+        write_values(self.others, held)  # what falls by their step is not ours
+        after = random_of_torch(self.devices)
+        set_random_of_torch(seeds, self.devices)
         with torch.no_grad():
             now = self._mean(float(one) for one in self._losses(step))
-        _set_random_of_torch(after, self.devices)
+        set_random_of_torch(after, self.devices)
         probe = Probe(
             lr, loss, predicted, loss - now, length, self._trust(lr, predicted, loss - now)
         )
         if not (probe.trust >= 0 and probe.length <= FAR * LENGTH):
             return undone(probe)
-        _write(self.others, ahead)
+        write_values(self.others, ahead)
         return probe
 
     def _trust(self, lr: float, predicted: float, actual: float) -> float:
@@ -355,54 +361,3 @@ def _steps_of(batches: Iterable[Any], accumulate: int) -> Iterator[list[Any]]:
             raise DataError(f"find_lr: `batches` must hold {accumulate} or more; got {len(step)}.")
         if seen == before:  # an iterator, at its end
             return
-
-
-# ---- as it was -----------------------------------------------------------------------------------
-
-
-def _copies(tensors: list[Any]) -> list[Tensor]:
-    return [tensor.detach().clone() for tensor in tensors]
-
-
-@torch.no_grad()
-def _write(tensors: list[Any], values: list[Tensor]) -> None:
-    for tensor, value in zip(tensors, values, strict=True):
-        tensor.copy_(value)
-
-
-def _devices(model: nn.Module) -> list[int]:
-    return sorted({p.device.index for p in model.parameters() if p.is_cuda})
-
-
-def _random_of_torch(devices: list[int]) -> list[Tensor]:
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
-
-
-def _set_random_of_torch(states: list[Tensor], devices: list[int]) -> None:
-    torch.set_rng_state(states[0])
-    for device, state in zip(devices, states[1:], strict=True):
-        torch.cuda.set_rng_state(state, device)
-
-
-@contextmanager
-def _put_back(model: nn.Module) -> Iterator[None]:
-    """Put back, whatever happens: trainable parameters, their gradients, buffers, random states of torch, Python, NumPy."""
-    import numpy as np
-
-    trained = [p for p in model.parameters() if p.requires_grad]
-    devices = _devices(model)
-    values, grads, buffers = _copies(trained), [p.grad for p in trained], list(model.buffers())
-    were = _copies(buffers)
-    states = _random_of_torch(devices), random.getstate(), np.random.get_state()  # noqa: NPY002
-    try:
-        for p in trained:
-            p.grad = None
-        yield
-    finally:
-        _write(trained, values)
-        _write(buffers, were)
-        for p, grad in zip(trained, grads, strict=True):
-            p.grad = grad
-        _set_random_of_torch(states[0], devices)
-        random.setstate(states[1])
-        np.random.set_state(states[2])  # noqa: NPY002
