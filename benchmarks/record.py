@@ -31,7 +31,11 @@ def write(name: str, results: Any) -> Path:
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     document = {
-        "command": f"python benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}".strip(),
+        # of a path only the name: where it lies is nobody else's
+        "command": " ".join(
+            ["python", f"benchmarks/{Path(sys.argv[0]).name}"]
+            + [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+        ),
         "versions": versions(),
         "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
         "commit": COMMIT,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import geolora
 from geolora.errors import DataError, GradientError, PairingError, SettingError
 from geolora.optim.lora import adamw
+from geolora.optim.lora_plus import lora_plus
 from geolora.starts import find_lr as search
 from models import D_IN, lora_net, snapshot
 
@@ -24,6 +25,7 @@ MAKERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "geolora": geolora.GeoLoRA,
     "geolora-momentum": partial(geolora.GeoLoRA, moments="momentum"),
     "lora": adamw,
+    "lora-plus": lora_plus,
     "lora-muon": geolora.LoRAMuon,
     "lora-pro": geolora.LoRAPro,
     "rac-lora": partial(geolora.RACLoRA, steps_per_block=8),
@@ -223,7 +225,11 @@ def test_what_belongs_to_no_pair_keeps_its_step_and_its_fall_is_not_counted() ->
         ({"batches": []}, DataError, "`batches` must hold 1 or more; got 0"),
         ({"batches": [1]}, DataError, "mappings"),
         ({"loss_fn": lambda m, b: loss_of(m, b) * math.nan}, GradientError, "is nan"),
-        ({"optimizer": partial(adamw, lr=0.0)}, SettingError, "with an lr above 0; got 0.0"),
+        (
+            {"optimizer": lambda model, lr=0.0: adamw(model, lr)},
+            SettingError,
+            "with an lr above 0; got 0.0",
+        ),
     ],
 )
 def test_what_cannot_work_is_said_in_one_line(

@@ -140,7 +140,7 @@ def write(
     if trials:
         warnings.warn(
             f"export: {trials} directions that were never judged are left out. Export after a "
-            "judgement (GeoLoRA's `settle_after`, or geolora.prune) to keep what they hold.",
+            "judgement (GeoLoRA's `total_steps`, or geolora.prune) to keep what they hold.",
             GeoloraWarning,
             stacklevel=2,
         )

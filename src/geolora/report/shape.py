@@ -68,7 +68,8 @@ LATER = {
 
 def wrong_run(report: Any) -> str | None:
     """The first thing that is wrong with a report.json, or None."""
-    return _wrong(report, RUN, "") or (None if report["ranks"] else "`ranks` is empty")
+    later = {"lr": NUMBER} if "lr" in report else {}  # one of an older version has none
+    return _wrong(report, RUN | later, "") or (None if report["ranks"] else "`ranks` is empty")
 
 
 def wrong_history(history: Any) -> str | None:

@@ -13,7 +13,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain, islice, repeat
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,6 +45,7 @@ LENGTH = 0.02
 """The longest step, in the unit of a layer; an adaptive step of GeoLoRA's default is about as long."""
 FAR = 3.0
 """A step that is so many times too long is undone, whatever the loss says of it."""
+FAILED_ELSEWHERE = "find_lr: another process failed on its batches: see there."
 MOST = 1.2
 """The most that the logarithm of the step size changes after a probe."""
 
@@ -142,7 +143,7 @@ def find_lr(
         raise SettingError(f"find_lr: `start` must be None or a number > 0; got {start!r}.")
     make = resolve(METHODS["geolora"].optimizer) if optimizer is None else optimizer
     with put_back(model):
-        search = _Search(model, make(model) if start is None else make(model, lr=start), loss_fn)
+        search = _Search(model, make, start, loss_fn)
         curve = tuple(_probes(search, _steps_of(batches, accumulate), probes))
     return FoundLr(_settled(curve), curve)
 
@@ -151,14 +152,25 @@ class _Search:
     """A model and its optimizer in a search, and which of its parameters the step size moves."""
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, loss_fn: Loss | None
+        self,
+        model: nn.Module,
+        make: Callable[..., torch.optim.Optimizer],
+        start: float | None,
+        loss_fn: Loss | None,
     ) -> None:
-        self.model, self.optimizer, self.loss_fn = model, optimizer, loss_fn
+        self.model, self.loss_fn = model, loss_fn
+        self.optimizer = make(model) if start is None else make(model, lr=start)
         self.pairs = find_pairs(model, with_sharded=True)
         self.units = units([(pair.d_out, pair.d_in) for pair in self.pairs])
         factors = {id(p) for pair in self.pairs for p in (pair.A, pair.B)}
-        searched = [g for g in optimizer.param_groups if any(id(p) in factors for p in g["params"])]
-        self.lr = max((float(group["lr"]) for group in searched), default=0.0)
+        groups = self.optimizer.param_groups
+        places = [i for i, g in enumerate(groups) if any(id(p) in factors for p in g["params"])]
+        # by place, since a state that is loaded makes the groups anew; LoRA+ has more than lr for B
+        each = make(model, lr=1.0).param_groups
+        self.shares = {place: float(each[place]["lr"]) for place in places}
+        searched = [groups[place] for place in places]
+        rates = [groups[place]["lr"] / share for place, share in self.shares.items() if share]
+        self.lr = float(rates[0]) if rates else 0.0
         if not self.lr > 0:
             raise SettingError(
                 "find_lr: `optimizer` must have param groups that hold the pairs, with an lr above 0; got "
@@ -167,11 +179,6 @@ class _Search:
         for group in searched:
             if "tail" in group:
                 group["tail"] = None  # a step that judges ranks is longer by what it cuts
-        self.shares = {  # by place: a state that is loaded makes the groups anew
-            place: group["lr"] / self.lr
-            for place, group in enumerate(optimizer.param_groups)
-            if any(group is one for one in searched)
-        }
         self.moved = [p for group in searched for p in group["params"]]
         self.beside = [p for p in self.moved if id(p) not in factors]
         moved = {id(p) for p in self.moved}
@@ -206,11 +213,9 @@ class _Search:
         predicted, length = self._compared(before, grads)
         ahead = copies(self.others)
         write_values(self.others, held)  # what falls by their step is not ours
-        after = random_of_torch(self.devices)
-        set_random_of_torch(seeds, self.devices)
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng(self.devices):
+            set_random_of_torch(seeds, self.devices)
             now = self._mean(float(one) for one in self._losses(step))
-        set_random_of_torch(after, self.devices)
         probe = Probe(
             lr, loss, predicted, loss - now, length, self._trust(lr, predicted, loss - now)
         )
@@ -267,7 +272,7 @@ class _Search:
         if failure is not None:
             raise failure
         if failures:
-            raise GradientError("find_lr: another process failed on its batches: see there.")
+            raise GradientError(FAILED_ELSEWHERE)
         return total / count
 
     @torch.no_grad()
@@ -296,7 +301,14 @@ def _failed(lr: float, loss: float) -> Probe:
 
 def _alike(steps: Iterator[list[Any]]) -> Iterator[list[Any]]:
     """As many as every process has."""
-    for step in chain(steps, repeat(None)):
+    while True:
+        step, failure = None, None
+        try:
+            step = next(steps, None)
+        except Exception as error:  # noqa: BLE001 (raised again, on all processes)
+            failure = error
+        if processes.true_on_any(failure is not None):
+            raise failure or GradientError(FAILED_ELSEWHERE)
         if processes.true_on_any(step is None) or step is None:
             return
         yield step

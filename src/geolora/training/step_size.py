@@ -45,6 +45,8 @@ def set_step_size(
             processes.wait_for_all()
         if file.exists():  # not where version 0.1.0 has begun the run
             settings["lr"] = read_json(file)["lr"]
+    if "lr" in settings:
+        return settings["lr"]
     return float(factory()(model, **settings).param_groups[0]["lr"])
 
 
