@@ -1,8 +1,11 @@
 """Every task and metric that a user may name is wired to what does it."""
 
 import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+import pytest
 
 from geolora.methods import METHODS, TRAINABLE
 from geolora.settings.train_config import METRICS_OF, TrainConfig
@@ -10,6 +13,7 @@ from geolora.settings.train_config import TASKS as NAMES
 from geolora.tasks.metrics import LOWER_IS_BETTER, METRICS
 from geolora.tasks.task import Task
 from geolora.training import run
+from geolora.training.check import check
 from geolora.training.recipes import recipe_of
 from geolora.training.run import TASKS
 
@@ -35,3 +39,11 @@ def test_trainers_clipping_is_left_out_where_it_would_change_lr_per_w() -> None:
         )
         ready: Any = SimpleNamespace(config=here, recipe=recipe_of(here), steps=10)
         assert run._arguments(ready)["max_grad_norm"] == float(wanted), name
+
+
+def test_rows_of_a_program_lie_in_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `make demo` calls it: no files to train on, and an output in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    check(TrainConfig(model="model", output="output/lora"))

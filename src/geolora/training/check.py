@@ -102,8 +102,13 @@ def _check_place(config: TrainConfig) -> None:
                 f"`{_flag(name)}` must be a path in UTF-8; got {shown(value)}. Rename it."
             )
     for name in ("train", "eval"):
-        folder = Path(getattr(config, name))
-        if is_folder(folder) and Path(config.output).resolve().is_relative_to(folder.resolve()):
+        given = getattr(config, name)  # "" where rows come from a program: it is no folder
+        folder = Path(given)
+        if (
+            given
+            and is_folder(folder)
+            and Path(config.output).resolve().is_relative_to(folder.resolve())
+        ):
             raise OutputError(
                 f"`--output`: {config.output} lies in {folder}, which is read. Choose another folder."
             )
