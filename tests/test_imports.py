@@ -88,7 +88,7 @@ TABLE = """
     settings.strict_yaml             : errors settings.other_tools
     settings.train_config            : methods
     starts.find_lr                   : errors kernels methods pairs processes report starts.gradient_pass starts.put_back
-    starts.gradient_pass             : errors kernels pairs processes
+    starts.gradient_pass             : errors kernels pairs processes starts.put_back
     starts.gradient_state            : adapters errors kernels pairs starts.gradient_pass
     starts.lora_ga                   : errors methods pairs starts.gradient_pass starts.gradient_state
     starts.lora_one                  : kernels methods pairs starts.gradient_pass starts.gradient_state starts.step_length

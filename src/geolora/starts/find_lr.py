@@ -106,7 +106,7 @@ def find_lr(
     """Find a step size for a model with LoRA layers, by a few steps of training that are undone.
 
     Every probe costs about one and a third step. When it returns, also by an error or Ctrl-C, parameters, their
-    gradients, buffers and random states are what they were, bit for bit.
+    gradients, running statistics and random states are what they were, bit for bit.
 
     Args:
         model: a PeftModel, or any module with LoRA layers, not wrapped for DDP; as it will be trained (mode,

@@ -19,6 +19,7 @@ from geolora import processes
 from geolora.errors import DataError, GradientError
 from geolora.kernels.sketch import Triplets, missing, random_basis, seen_from_left, seen_from_right
 from geolora.pairs.find import Pair
+from geolora.starts.put_back import copies, devices_of, running_statistics, write_values
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """(model, batch) -> scalar loss."""
@@ -235,23 +236,21 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         for name, value in vars(module).items()
         if isinstance(value, float) and ("drop" in name or (name == "p" and _drops(module)))
     ]
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
-    statistics = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
-    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+    statistics = running_statistics(model)
+    were = copies(statistics)
     try:
         for module, name, _ in rates:
             setattr(module, name, 0.0)
         for parameter in trainable:
             parameter.requires_grad_(False)
-        with torch.random.fork_rng(devices=list(devices)):
+        with torch.random.fork_rng(devices=devices_of(model)):
             yield
     finally:
         for module, name, value in rates:
             setattr(module, name, value)
         for parameter in trainable:
             parameter.requires_grad_(True)
-        for buffer, before in statistics:
-            buffer.copy_(before)
+        write_values(statistics, were)
 
 
 def _drops(module: nn.Module) -> bool:

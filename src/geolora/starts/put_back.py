@@ -21,6 +21,12 @@ def write_values(tensors: list[Any], values: list[Tensor]) -> None:
         tensor.copy_(value)
 
 
+def running_statistics(model: nn.Module) -> list[Tensor]:
+    """Buffers of norms, which a forward pass changes. Those of other layers may be quantised weights of any size."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+    return [buffer for norm in norms for buffer in norm.buffers()]
+
+
 def devices_of(model: nn.Module) -> list[int]:
     """CUDA devices that a model lies on."""
     return sorted({p.device.index for p in model.parameters() if p.is_cuda})
@@ -40,12 +46,12 @@ def set_random_of_torch(states: list[Tensor], devices: list[int]) -> None:
 
 @contextmanager
 def put_back(model: nn.Module) -> Iterator[None]:
-    """Put back, whatever happens: trainable parameters, their gradients, buffers, random states of torch, Python, NumPy."""
+    """Put back, whatever happens: trainable parameters, their gradients, running statistics, random states of torch, Python, NumPy."""
     import numpy as np
 
     trained = [p for p in model.parameters() if p.requires_grad]
     devices = devices_of(model)
-    values, grads, buffers = copies(trained), [p.grad for p in trained], list(model.buffers())
+    values, grads, buffers = copies(trained), [p.grad for p in trained], running_statistics(model)
     were = copies(buffers)
     states = random_of_torch(devices), random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
